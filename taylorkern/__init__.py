@@ -1,0 +1,49 @@
+"""taylorkern: which channels of a network matter, scored while it trains, and the rest cut. Importing compiles nothing."""
+
+from . import backends as _backends  # noqa: F401  registers the operations' implementations
+from ._version import __version__
+from .autograd import InplaceError
+from .coupling import couple
+from .layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Linear,
+    convert,
+    revert,
+)
+from .pruner import Pruner, prune
+from .scores import Scores
+from .store import StoreError, load, save
+from .surgery import SurgeryError
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "InplaceError",
+    "Linear",
+    "Pruner",
+    "Scores",
+    "StoreError",
+    "SurgeryError",
+    "__version__",
+    "convert",
+    "couple",
+    "load",
+    "prune",
+    "revert",
+    "save",
+]

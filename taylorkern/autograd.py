@@ -1,0 +1,92 @@
+"""Autograd functions: they call operations and hand the gate its gradient; no arithmetic of their own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class InplaceError(RuntimeError):
+    """A tensor that a score needs was overwritten in place between forward and backward."""
+
+
+class ChannelGate(torch.autograd.Function):
+    """y = a · z for a gate z [N, C] of ones: forward hands ``a`` on, backward adds dL/dz = channel_scores(a, dy).
+
+    ``view`` shows an output-shaped tensor as [N, C, *S]. ``recompute`` returns ``a`` once more, for the case that
+    y was overwritten in place (``relu_``, ``+=``) after it was handed out.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, z: Tensor, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor]) -> Tensor:
+        # Not tracked as a view: autograd forbids in-place operations on views made inside a Function.
+        return torch.ops.aten._unsafe_view.default(a, a.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, _, ctx.view, ctx.recompute = inputs
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        s = None
+        if ctx.needs_input_grad[1]:
+            try:
+                (a,) = ctx.saved_tensors
+            except RuntimeError as error:
+                if not _overwritten(error):
+                    raise
+                a = ctx.recompute()
+            s = ops.channel_scores(ctx.view(a), ctx.view(dy.to(a.dtype)))
+        return dy, s, None, None
+
+
+class BatchNormAct(torch.autograd.Function):
+    """Backward of a batch normalisation that has run already, with a gate z [N, C] on its affine output.
+
+    ``y``, ``mean`` and ``var`` are what ``ops.batch_norm_act``, or torch's own forward, made of ``x`` without
+    gradients; y is handed on, with the gradients of ``x``, ``residual``, ``weight``, ``bias`` and z attached.
+    """
+
+    @staticmethod
+    def forward(x, residual, weight, bias, z, y, mean, var, training, eps, activation):
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, residual, weight, bias, _, _, mean, var, ctx.training, ctx.eps, ctx.activation = inputs
+        ctx.masked_by_y = residual is not None and ctx.activation != "none"
+        ctx.save_for_backward(x, output if ctx.masked_by_y else None, weight, bias, mean, var)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        try:
+            x, y, weight, bias, mean, var = ctx.saved_tensors
+        except RuntimeError as error:
+            if not _overwritten(error):
+                raise
+            raise InplaceError(
+                "the input or output of a scored batch normalisation was overwritten in place before backward, and "
+                "its score needs the value; use the out-of-place form of that operation"
+            ) from error
+        dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
+            dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.masked_by_y
+        )
+        dresidual = dz if ctx.masked_by_y else dy
+        gradients = (dx, dresidual, _as(dweight, weight), _as(dbias, bias), s, None, None, None, None, None, None)
+        wanted = ctx.needs_input_grad
+        return tuple(g if needed else None for g, needed in zip(gradients, wanted, strict=True))
+
+
+def _overwritten(error: RuntimeError) -> bool:
+    return "modified by an inplace operation" in str(error)
+
+
+def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else gradient.to(parameter.dtype)

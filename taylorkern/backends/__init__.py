@@ -1,0 +1,34 @@
+"""The provider table: which backend serves an operation on a device. The only place that chooses."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from .. import ops
+from . import native, reference
+
+OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
+
+# Per device, best first. The first provider whose supports(operation, tensor) holds serves the call.
+PROVIDERS: dict[str, tuple[ModuleType, ...]] = {
+    "cpu": (native, reference),
+    "cuda": (reference,),
+}
+
+
+def provider(operation: str, tensor: Tensor) -> ModuleType:
+    """The backend module that serves ``operation`` for tensors of this device and dtype."""
+    return next(backend for backend in PROVIDERS[tensor.device.type] if backend.supports(operation, tensor))
+
+
+def _serve(operation: str) -> Callable:
+    def call(first: Tensor, *rest):
+        return getattr(provider(operation, first), operation)(first, *rest)
+
+    return call
+
+
+for _operation in OPERATIONS:
+    for _device in PROVIDERS:
+        ops.library.impl(_operation, _serve(_operation), _device.upper())

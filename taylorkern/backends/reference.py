@@ -1,0 +1,103 @@
+"""Every operation in plain PyTorch: any device, dtype and strides. The other backends are tested against this one."""
+
+import torch
+from torch import Tensor
+
+from ..ops import accumulator
+
+
+def supports(operation: str, tensor: Tensor) -> bool:
+    return True
+
+
+def channel_scores(a: Tensor, g: Tensor) -> Tensor:
+    acc = accumulator(a.dtype)
+    return (a.to(acc) * g.to(acc)).flatten(2).sum(2) if a.dim() > 2 else a.to(acc) * g.to(acc)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(accumulator(x.dtype))
+    mean, var = _statistics(wide, running_mean, running_var, training)
+    z = _affine(_normalised(wide, mean, var, eps), weight, bias)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    y = torch.relu(z) if activation == "relu" else z
+    return _like(y, x), mean, var
+
+
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    residual_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    xhat = _normalised(x.to(acc), mean, var, eps)
+    dz = dy.to(acc)
+    if activation == "relu":
+        z = _affine(xhat, weight, bias) if y is None else y
+        dz = torch.where(z > 0, dz, dz.new_zeros(()))
+    A, B = _spatial_sum(xhat * dz), _spatial_sum(dz)  # [N, C]
+    dweight, dbias = A.sum(0), B.sum(0)
+    s = _scale(weight, A) * A + (0 if bias is None else bias.to(acc) * B)
+    dx = dz
+    if training:
+        count = max(x.numel() // max(x.shape[1], 1), 1)
+        dx = dz - (_column(dbias, x) + xhat * _column(dweight, x)) / count
+    dx = dx * _column(_scale(weight, var) * torch.rsqrt(var + eps), x)
+    return _like(dx, x), _like(dz, x) if residual_grad else x.new_empty(0), dweight, dbias, s
+
+
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor]:
+    if training:
+        dims = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x, dims, correction=0)
+        return mean, var
+    assert running_mean is not None and running_var is not None  # ops.batch_norm_act has refused this
+    return running_mean.to(x.dtype, copy=True), running_var.to(x.dtype, copy=True)
+
+
+def _column(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return (x - _column(mean, x)) * _column(torch.rsqrt(var + eps), x)
+
+
+def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        xhat = xhat * _column(weight.to(xhat.dtype), xhat)
+    return xhat if bias is None else xhat + _column(bias.to(xhat.dtype), xhat)
+
+
+def _scale(weight: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_ones(()) if weight is None else weight.to(like.dtype)
+
+
+def _spatial_sum(t: Tensor) -> Tensor:
+    return t.flatten(2).sum(2) if t.dim() > 2 else t.clone()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """t in x's dtype and memory layout, never t itself."""
+    return torch.empty_like(x).copy_(t)

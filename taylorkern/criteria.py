@@ -1,0 +1,81 @@
+"""Criteria: from statistics per unit to one importance per unit. Pure functions, one per criterion.
+
+G is a unit's gate gradient for a minibatch (the sum over n of s[n, u]), s̃[n, u] = N·s[n, u] the per-sample gate
+gradient under a mean loss, E_b the mean over minibatches. See Molchanov et al., CVPR 2019, for the methods' numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """``formula`` of the statistics named in ``needs``, in that order; all are [U] and float64."""
+
+    needs: tuple[str, ...]
+    formula: Callable[..., Tensor]
+
+
+def taylor_fo(gate_squared: Tensor) -> Tensor:
+    """E_b[G²]: first-order Taylor expansion of the loss in the gate, squared (method 22)."""
+    return gate_squared
+
+
+def taylor_fo_abs(gate_abs: Tensor) -> Tensor:
+    """E_b[abs(G)]."""
+    return gate_abs
+
+
+def taylor_fg(fisher: Tensor) -> Tensor:
+    """E_b[mean_n s̃²]: the diagonal of the gate's empirical Fisher (method 23, "full gradient")."""
+    return fisher
+
+
+def bn_taylor(bn_gate_squared: Tensor) -> Tensor:
+    """E_b[(γ·dγ + β·dβ)²], summed over a unit's batch-normalisation channels before the square (method 31)."""
+    return bn_gate_squared
+
+
+def taylor_weight(weight_squared: Tensor) -> Tensor:
+    """E_b[sum over the filter's weights of (w·dw)²] (method 0)."""
+    return weight_squared
+
+
+def bn_scale(scale: Tensor) -> Tensor:
+    """abs(γ), summed over a unit's batch-normalisation channels (method 30)."""
+    return scale
+
+
+def magnitude(filter_norm: Tensor) -> Tensor:
+    """ℓ2 norm of the unit's filters (method 2)."""
+    return filter_norm
+
+
+def random(uniform: Tensor) -> Tensor:
+    """Uniform on [0, 1), seeded, the same for a unit through all rounds (method 1)."""
+    return uniform
+
+
+CRITERIA: dict[str, Criterion] = {
+    "taylor_fo": Criterion(("gate_squared",), taylor_fo),
+    "taylor_fo_abs": Criterion(("gate_abs",), taylor_fo_abs),
+    "taylor_fg": Criterion(("fisher",), taylor_fg),
+    "bn_taylor": Criterion(("bn_gate_squared",), bn_taylor),
+    "taylor_weight": Criterion(("weight_squared",), taylor_weight),
+    "bn_scale": Criterion(("scale",), bn_scale),
+    "magnitude": Criterion(("filter_norm",), magnitude),
+    "random": Criterion(("uniform",), random),
+}
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion called ``name``; ValueError with the known names otherwise.
+
+    >>> criterion("taylor_fo").needs
+    ('gate_squared',)
+    """
+    if name not in CRITERIA:
+        raise ValueError(f"unknown criterion {name!r}; known are {', '.join(CRITERIA)}")
+    return CRITERIA[name]

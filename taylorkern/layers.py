@@ -1,0 +1,236 @@
+"""Drop-in layers that can carry a gate, and the conversion of whole models to and from them.
+
+Each class is its torch parent with the same constructor, state_dict and repr. Without a gate it runs the parent's
+forward and nothing else; with one it also delivers s [N, C], the gradient of its virtual gate.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autograd import BatchNormAct, ChannelGate, InplaceError
+from .gates import Gate
+from .ops import accumulator
+
+
+class Gated:
+    """What every gated layer shares: the gate, absent until a Scores attaches one."""
+
+    gate: Gate | None = None
+
+
+class _Affine(Gated):
+    """A layer whose output is its parent's, with the gate behind it."""
+
+    channel_dim: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parent: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+        if self.gate is None or not self.gate.wanted():
+            return parent(x, *args, **kwargs)
+        a = parent(x, *args, **kwargs)
+        view = partial(_as_ncs, batched=self._batched(a), channel_dim=self.channel_dim)
+        z = self.gate.leaf(*view(a).shape[:2], like=a)
+        return ChannelGate.apply(a, z, view, _Recompute(self, partial(parent, *args, **kwargs), x, a.dtype))
+
+    def _batched(self, a: Tensor) -> bool:
+        raise NotImplementedError
+
+
+class _Convolution(_Affine):
+    channel_dim = 1
+
+    def _batched(self, a: Tensor) -> bool:
+        return a.dim() == self.weight.dim()  # type: ignore[attr-defined]
+
+
+class Conv1d(_Convolution, nn.Conv1d):
+    __doc__ = nn.Conv1d.__doc__
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """``torch.nn.Conv2d`` whose output channels can be scored: a [N, C, H, W] gives s = Σ_HW a·dL/da, [N, C].
+
+    Arguments, state_dict and repr are torch's. An output overwritten in place afterwards (``relu_``, ``+=``) is
+    computed once more in backward, so the score stays right; the out-of-place form saves that convolution.
+
+    >>> Conv2d(3, 8, 3, padding=1)
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    """
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    __doc__ = nn.Conv3d.__doc__
+
+
+class ConvTranspose1d(_Convolution, nn.ConvTranspose1d):
+    __doc__ = nn.ConvTranspose1d.__doc__
+
+
+class ConvTranspose2d(_Convolution, nn.ConvTranspose2d):
+    __doc__ = nn.ConvTranspose2d.__doc__
+
+
+class ConvTranspose3d(_Convolution, nn.ConvTranspose3d):
+    __doc__ = nn.ConvTranspose3d.__doc__
+
+
+class Linear(_Affine, nn.Linear):
+    """``torch.nn.Linear`` whose output features can be scored: a [N, *T, C] gives s = Σ_T a·dL/da, [N, C].
+
+    Arguments, state_dict and repr are torch's.
+
+    >>> Linear(4, 2)
+    Linear(in_features=4, out_features=2, bias=True)
+    """
+
+    channel_dim = -1
+
+    def _batched(self, a: Tensor) -> bool:
+        return a.dim() > 1
+
+
+class _BatchNorm(Gated):
+    """Batch normalisation with the gate on its affine output, in training and evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None or not self.gate.wanted():
+            return super().forward(x)  # type: ignore[misc]
+        return _gated_batch_norm(self, self.gate, x)  # type: ignore[arg-type]
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = nn.BatchNorm1d.__doc__
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` whose channels can be scored: s[n, c] = γ_c·Σ_HW x̂·dy + β_c·Σ_HW dy, [N, C].
+
+    Both sums are the ones its backward makes anyway. Arguments, state_dict and repr are torch's.
+
+    >>> BatchNorm2d(8)
+    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = nn.BatchNorm3d.__doc__
+
+
+GATED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
+    nn.Linear: Linear,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_PARENT = {ours: torchs for torchs, ours in GATED.items()}
+
+
+def gateable(module: nn.Module) -> bool:
+    """Whether ``module`` is a gated layer, or a torch layer (itself, no subclass) that can become one."""
+    return isinstance(module, Gated) or type(module) in GATED
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make every convolution, linear and batch-normalisation layer of ``model`` able to carry a gate, in place.
+
+    Modules keep their identity, names, parameters, buffers and hooks, so state_dicts fit both ways; until a
+    ``Scores`` attaches gates they compute what they computed before, bit for bit. Subclasses of torch's layers are
+    left alone, for their forward may differ. Returns ``model``.
+
+    Raises ValueError where nothing can be converted, or everything has been already.
+
+    >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    >>> type(model[0]) is Conv2d
+    True
+    """
+    found = [module for module in model.modules() if type(module) in GATED]
+    if not found and any(isinstance(module, Gated) for module in model.modules()):
+        raise ValueError("convert: this model is converted already; call revert(model) first to start again")
+    if not found:
+        known = ", ".join(cls.__name__ for cls in GATED)
+        raise ValueError(f"convert: {type(model).__name__} holds no layer that can carry a gate ({known})")
+    for module in found:
+        module.__class__ = GATED[type(module)]
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Turn the layers of a converted ``model`` back into torch's own, in place, gates gone. Returns ``model``.
+
+    Raises ValueError where no layer is converted.
+
+    >>> type(revert(convert(nn.Linear(4, 2)))) is nn.Linear
+    True
+    """
+    found = [module for module in model.modules() if type(module) in _PARENT]
+    if not found:
+        raise ValueError(f"revert: {type(model).__name__} holds no converted layer; convert(model) makes them")
+    for module in found:
+        vars(module).pop("gate", None)
+        module.__class__ = _PARENT[type(module)]
+    return model
+
+
+class _Recompute:
+    """A layer's output once more, for a backward that finds it overwritten; refuses where its inputs changed too."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> None:
+        self.layer, self.forward, self.dtype = type(layer).__name__, forward, dtype
+        self.x = x.detach()
+        self.inputs = [t.detach() for t in (x, *layer.parameters(recurse=False))]
+        self.versions = [t._version for t in self.inputs]
+
+    def __call__(self) -> Tensor:
+        if [t._version for t in self.inputs] != self.versions:
+            raise InplaceError(
+                f"the output of a scored {self.layer} was overwritten in place before backward, and so was its input "
+                "or weight, so its score can't be computed; use the out-of-place form of that operation"
+            )
+        autocast = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.no_grad(), torch.autocast(self.x.device.type, dtype=self.dtype if autocast else None, enabled=autocast):
+            return self.forward(self.x)
+
+
+def _as_ncs(t: Tensor, batched: bool, channel_dim: int) -> Tensor:
+    """A layer's output-shaped tensor as [N, C, *S]; an unbatched one is a batch of one."""
+    t = t if batched else t.unsqueeze(0)
+    return t.movedim(channel_dim, 1)
+
+
+def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Tensor) -> Tensor:
+    """Torch's own forward, bit for bit, running statistics included; the backward is ours and fills the gate."""
+    layer._check_input_dim(x)
+    use_batch = layer.training or layer.running_mean is None
+    if use_batch:
+        F._verify_batch_size(list(x.shape))
+    z = gate.leaf(x.shape[0], x.shape[1], like=x)
+    tracked = layer.track_running_stats or not layer.training
+    running = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    momentum = _momentum(layer)
+    with torch.no_grad():
+        y, mean, invstd = torch.native_batch_norm(
+            x, layer.weight, layer.bias, *running, use_batch, momentum, layer.eps
+        )
+        mean, var = (mean, invstd.double() ** -2 - layer.eps) if use_batch else (running[0].clone(), running[1].clone())
+        wide = accumulator(x.dtype)
+        mean, var = mean.to(wide), var.to(wide)
+    return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, y, mean, var, use_batch, layer.eps, "none")
+
+
+def _momentum(layer: nn.modules.batchnorm._BatchNorm) -> float:
+    """The weight of this batch in the running statistics, counted; without a momentum all batches weigh the same."""
+    if not (layer.training and layer.track_running_stats and layer.num_batches_tracked is not None):
+        return layer.momentum or 0.0
+    layer.num_batches_tracked.add_(1)
+    return 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum

@@ -1,0 +1,153 @@
+"""The operations: schemas, shapes and the mathematics. Implementations live in ``taylorkern.backends``.
+
+Notation: N samples, C channels, ``*S`` zero to three spatial dimensions; *acc* is float64 for float64 inputs and
+float32 otherwise. Every operation is functional (no argument is written, no output aliases an input) and
+deterministic: the same inputs give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+
+library = torch.library.Library("taylorkern", "DEF")
+library.define("channel_scores(Tensor a, Tensor g) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+    "Tensor? running_var, bool training, float eps, str activation) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "bool training, float eps, str activation, bool residual_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything narrower.
+
+    >>> accumulator(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def channel_scores(a: Tensor, g: Tensor) -> Tensor:
+    """Gate gradient of a channel: s[n, c] = sum over S of a[n, c, s] · g[n, c, s].
+
+    ``a`` is a layer's output and ``g`` the loss gradient at it, both [N, C, *S] of one dtype, in any memory layout.
+    Returns s, [N, C], in the accumulator's dtype, in units of the loss: -s predicts the loss change when that
+    channel is removed for that sample (Molchanov et al. 2019, eq. 8, before the square).
+
+    Raises ValueError where the shapes or dtypes differ, or there is no channel dimension.
+
+    >>> channel_scores(torch.ones(2, 3, 4), torch.full((2, 3, 4), 0.5))
+    tensor([[2., 2., 2.],
+            [2., 2., 2.]])
+    """
+    if a.dim() < 2 or a.shape != g.shape or a.dtype != g.dtype:
+        raise ValueError(
+            "channel_scores needs an activation and its gradient of one shape [N, C, *S] and one dtype, "
+            f"got {tuple(a.shape)} {a.dtype} and {tuple(g.shape)} {g.dtype}"
+        )
+    return torch.ops.taylorkern.channel_scores.default(a, g)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = act((x - mean) / sqrt(var + eps) · weight + bias + residual), normalised per channel.
+
+    ``x`` and ``residual`` are [N, C, *S]; ``weight``, ``bias`` and the running statistics are [C], of any float
+    dtype. In training, ``mean`` and ``var`` are the batch's, over N and S, ``var`` biased; otherwise they are the
+    running ones. ``activation`` is "none" or "relu". Returns y (dtype and layout of x) and mean, var ([C],
+    accumulator's dtype). The running statistics are not updated here.
+
+    Raises ValueError for an unknown activation, or where running statistics are needed and missing.
+
+    >>> y, mean, var = batch_norm_act(torch.tensor([[1.0], [3.0]]), None, None, None, None, None, True, 0.0, "relu")
+    >>> y.tolist(), mean.item(), var.item()
+    ([[0.0], [1.0]], 2.0, 1.0)
+    """
+    _check_activation(activation)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("batch_norm_act with training=False needs running_mean and running_var; one is None")
+    return torch.ops.taylorkern.batch_norm_act.default(
+        x, residual, weight, bias, running_mean, running_var, training, eps, activation
+    )
+
+
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    activation: str = "none",
+    residual_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`batch_norm_act`, and the gate gradient s of its affine output, from the same sums.
+
+    With dz = dy·[y > 0] for relu and dy for none, x̂ = (x - mean) / sqrt(var + eps), and per sample and channel
+    A[n, c] = Σ_S x̂·dz and B[n, c] = Σ_S dz::
+
+        s[n, c] = weight·A + bias·B        dweight = Σ_n A        dbias = Σ_n B
+        dx = weight / sqrt(var + eps) · (dz - (dbias + x̂·dweight) / M)      in training, M = N·|S|
+        dx = weight / sqrt(var + eps) · dz                                  otherwise
+
+    ``y`` is the forward's output; it may be None without a residual, where the mask is recomputed from x.
+    Returns dx (like x), dresidual (dz if ``residual_grad``, else an empty tensor), dweight and dbias ([C], acc)
+    and s ([N, C], acc).
+
+    >>> x, dy = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]])
+    >>> one = torch.ones(1)
+    >>> batch_norm_act_backward(dy, x, None, one, one, 2 * one, one, True, 0.0)[4]
+    tensor([[0.],
+            [4.]])
+    """
+    _check_activation(activation)
+    return torch.ops.taylorkern.batch_norm_act_backward.default(
+        dy, x, y, weight, bias, mean, var, training, eps, activation, residual_grad
+    )
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+def _per_sample(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=accumulator(x.dtype))
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
+
+
+@torch.library.register_fake("taylorkern::channel_scores", lib=library)
+def _(a, g):
+    return _per_sample(a)
+
+
+@torch.library.register_fake("taylorkern::batch_norm_act", lib=library)
+def _(x, residual, weight, bias, running_mean, running_var, training, eps, activation):
+    return torch.empty_like(x), _per_channel(x), _per_channel(x)
+
+
+@torch.library.register_fake("taylorkern::batch_norm_act_backward", lib=library)
+def _(dy, x, y, weight, bias, mean, var, training, eps, activation, residual_grad):
+    dresidual = torch.empty_like(x) if residual_grad else x.new_empty(0)
+    return torch.empty_like(x), dresidual, _per_channel(x), _per_channel(x), _per_sample(x)

@@ -1,0 +1,275 @@
+"""Scores: collects the gates' gradients and folds them, minibatch by minibatch, into statistics per unit."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import weights
+from .coupling import Coupling, Unit, couple
+from .criteria import criterion
+from .example import run, tensors
+from .gates import Gate
+from .layers import Gated
+from .state import untouched
+
+_STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
+    "scale": weights.scale,
+    "filter_norm": weights.filter_norm,
+}
+_FROM_GATES = ("gate_squared", "gate_abs", "fisher", "bn_gate_squared")
+_FROM_WEIGHT_GRADIENTS = "weight_squared"
+# A unit that the second can't judge has no value in the first either.
+_JUDGED_BY = {"bn_gate_squared": weights.scale, _FROM_WEIGHT_GRADIENTS: weights.filter_norm}
+
+
+class Scores:
+    """Importance of every unit of ``model``, accumulated while it trains.
+
+    ``model`` is converted (:func:`taylorkern.convert`). A unit is a set of channels that can only be removed
+    together, found by running the model once on ``example_inputs`` (a tensor, a tuple of arguments or a dict of
+    keyword arguments); with ``example_inputs=None`` each channel of each converted layer (of those named in
+    ``layers``, if given) is a unit of its own.
+
+    From then on every backward adds to the statistics: per minibatch, the s[n, c] of a unit's channels are summed
+    before any square. A minibatch is a forward with all the backwards that follow it until the next forward; the
+    loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
+
+    ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight``, which costs a pass over
+    the weights' gradients and so is not collected by default.
+
+    Raises ValueError where the model is not converted, fails on the example, returns nothing differentiable, or has
+    no unit that can be scored.
+
+    >>> from taylorkern import convert
+    >>> model = convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
+    >>> x = torch.rand(8, 1, 4, 4)
+    >>> scores = Scores(model, x)
+    >>> model(x).square().mean().backward()
+    >>> scores.importance("taylor_fo").shape, scores.units[3].places
+    (torch.Size([4]), (('1', 3),))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        criteria: Iterable[str] = (),
+        layers: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not any(isinstance(module, Gated) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} has no gated layer; call taylorkern.convert(model) first")
+        if layers is not None and example_inputs is not None:
+            raise ValueError("layers= goes with example_inputs=None; with an example, the coupling finds the layers")
+        wanted = {need for name in criteria for need in criterion(name).needs}
+        self.model, self.seed = model, seed
+        alone = example_inputs is None
+        self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
+        if not self.coupling.units:
+            raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
+        self._weight_squares = (
+            weights.WeightSquares(model, self.coupling) if _FROM_WEIGHT_GRADIENTS in wanted else None
+        )
+        self._names = _FROM_GATES + ((_FROM_WEIGHT_GRADIENTS,) if self._weight_squares else ())
+        self._attach()
+        if not alone:
+            self._check_differentiable(example_inputs)
+        self.reset()
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units, in the order of every [U] tensor here; the same model gives the same order."""
+        return self.coupling.units
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches in the statistics."""
+        self.fold()
+        return int(self._count)
+
+    @property
+    def dropped(self) -> int:
+        """Minibatches left out because a score was not finite."""
+        self.fold()
+        return int(self._dropped)
+
+    def importance(self, name: str) -> Tensor:
+        """One importance per unit by criterion ``name`` (see ``taylorkern.criteria``), [U], float64; low goes first.
+
+        A unit that a criterion can't judge (``bn_scale`` without batch normalisation) is infinitely important.
+
+        Raises ValueError for an unknown criterion, or one whose statistics were not asked for; RuntimeError where
+        no backward has delivered a score yet, or every minibatch was dropped.
+        """
+        chosen = criterion(name)
+        self.fold()
+        return chosen.formula(*(self._statistic(need, name) for need in chosen.needs))
+
+    def reset(self) -> None:
+        """Forget every minibatch so far."""
+        self._take()
+        units = len(self.coupling.units)
+        self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
+        self._count = torch.zeros((), dtype=torch.int64)
+        self._dropped = torch.zeros((), dtype=torch.int64)
+        self._silent = set(self._gates)
+
+    def detach(self) -> None:
+        """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
+        self.fold()
+        for layer, gate in self._gates.items():
+            module = self.model.get_submodule(layer)
+            if getattr(module, "gate", None) is gate:
+                module.gate = None  # type: ignore[assignment]
+        if self._weight_squares:
+            self._weight_squares.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, for ``torch.save``; what has arrived is folded first."""
+        self.fold()
+        return {
+            "fingerprint": self.coupling.fingerprint,
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "minibatches": int(self._count),
+            "dropped": int(self._dropped),
+            "silent": sorted(self._silent),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict` of the same model; ValueError, and no change, for another model's."""
+        if state.get("fingerprint") != self.coupling.fingerprint:
+            raise ValueError(
+                "these scores belong to another model, or to this one before or after a cut: "
+                f"fingerprint {state.get('fingerprint')!r}, here {self.coupling.fingerprint!r}"
+            )
+        missing = set(self._names) - set(state["sums"])
+        if missing:
+            raise ValueError(f"these scores lack the statistics {sorted(missing)}; pass the same criteria= as then")
+        self._take()
+        self._sums = {name: state["sums"][name].clone() for name in self._names}
+        self._count = torch.tensor(state["minibatches"])
+        self._dropped = torch.tensor(state["dropped"])
+        self._silent = set(state["silent"])
+
+    def rebind(self, coupling: Coupling, kept: Tensor) -> None:
+        """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
+        self.fold()
+        self.coupling = coupling
+        self._sums = {name: total[kept.to(total.device)] for name, total in self._sums.items()}
+
+    def fold(self) -> None:
+        """Add the scores that have arrived to the statistics; called by itself before the next forward or reading."""
+        arrived = self._take()
+        if not arrived:
+            return
+        minibatch = self._minibatch(arrived)
+        device = minibatch["gate_squared"].device
+        finite = torch.stack([value.isfinite().all() for value in minibatch.values()]).all()
+        for name, value in minibatch.items():
+            self._sums[name] = self._sums[name].to(device) + torch.where(finite, value, 0.0)
+        self._count = self._count.to(device) + finite
+        self._dropped = self._dropped.to(device) + ~finite
+
+    def _take(self) -> dict[str, list[Tensor]]:
+        arrived = {layer: gate.drain() for layer, gate in self._gates.items()}
+        return {layer: scores for layer, scores in arrived.items() if scores}
+
+    def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """The minibatch's own value of every statistic, [U] each."""
+        self._silent.difference_update(arrived)
+        units = len(self.coupling.units)
+        gate, bn_gate, fisher = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for samples, pieces in _by_samples(arrived).items():
+            index = torch.cat([self.coupling.layers[layer] for layer, _ in pieces])
+            s = torch.cat([scores for _, scores in pieces], dim=1)  # [N, sum of C]
+            rows = weights.per_unit(s, index, units)  # [N, U]
+            of_bn = torch.cat([torch.full_like(self.coupling.layers[layer], layer in self._bn) for layer, _ in pieces])
+            gate = gate + rows.sum(0)
+            fisher = fisher + samples * rows.square().sum(0)  # mean_n s̃² with s̃ = N·s
+            bn_gate = bn_gate + weights.per_unit(s.double().sum(0), index.where(of_bn.bool(), -1), units)
+        minibatch = {
+            "gate_squared": gate.square(),
+            "gate_abs": gate.abs(),
+            "fisher": fisher,
+            "bn_gate_squared": bn_gate.square(),
+        }
+        if self._weight_squares:
+            minibatch[_FROM_WEIGHT_GRADIENTS] = self._weight_squares.drain(self.coupling).to(gate.device)
+        return minibatch
+
+    def _statistic(self, need: str, name: str) -> Tensor:
+        if need in _STATIC:
+            return _STATIC[need](self.model, self.coupling)
+        if need == "uniform":
+            generator = torch.Generator().manual_seed(self.seed)
+            dense = self.coupling.dense
+            return torch.rand(int(dense.max()) + 1, dtype=torch.float64, generator=generator)[dense]
+        if need not in self._sums:
+            raise ValueError(f"{name} needs statistics that were not collected: Scores(..., criteria=[{name!r}])")
+        return self._mean(need)
+
+    def _mean(self, need: str) -> Tensor:
+        count, dropped = int(self._count), int(self._dropped)
+        if count == 0:
+            raise RuntimeError(
+                f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
+                if dropped
+                else "no score yet: no backward has reached a gate; run model(inputs) with gradients on, then loss.backward()"
+            )
+        if self._silent:
+            warnings.warn(
+                f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
+                stacklevel=4,
+            )
+        judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
+        return torch.where(judged.to(self._sums[need].device), self._sums[need] / count, torch.inf)
+
+    def _attach(self) -> None:
+        gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
+        self._gates = {layer: Gate(self) for layer in self.coupling.layers if layer in gated}
+        taken = [layer for layer in self._gates if gated[layer].gate is not None and gated[layer].gate.owner()]
+        if taken:
+            warnings.warn(
+                f"layer {taken[0]!r} already feeds another Scores, which gets no more minibatches from here on; "
+                "call its detach() first to say so",
+                stacklevel=4,
+            )
+        for layer, gate in self._gates.items():
+            gated[layer].gate = gate
+        batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        self._bn = frozenset(batch_norms)
+
+    def _check_differentiable(self, example_inputs: Any) -> None:
+        with untouched(self.model), torch.enable_grad():
+            self.model.eval()
+            outputs = list(tensors(run(self.model, example_inputs)))
+        if not any(output.requires_grad for output in outputs):
+            self.detach()
+            raise ValueError(
+                f"{type(self.model).__name__} returns nothing that can be differentiated back to a gate on the example "
+                "inputs; scores need an output (logits, a loss) that depends on the layers with gradients on"
+            )
+
+
+def _by_samples(arrived: Mapping[str, list[Tensor]]) -> dict[int, list[tuple[str, Tensor]]]:
+    """Scores of one batch size together: only they can be summed sample by sample."""
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
+    for layer, scores in arrived.items():
+        for s in scores:
+            groups.setdefault(s.shape[0], []).append((layer, s))
+    return groups
+
+
+def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:
+    """A coupling that couples nothing: every channel of every gated layer is a unit."""
+    gated = {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+    names = list(gated) if layers is None else list(layers)
+    unknown = [name for name in names if name not in gated]
+    if unknown:
+        raise ValueError(f"layer {unknown[0]!r} is no gated layer of this model; known are {', '.join(gated)}")
+    return Coupling.alone({name: gated[name] for name in names})

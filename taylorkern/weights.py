@@ -1,0 +1,88 @@
+"""Statistics per unit that come from weights rather than gates: filter norms, scales, squares of w·dw."""
+
+import torch
+from torch import Tensor, nn
+
+from .coupling import Coupling
+
+
+def per_unit(values: Tensor, units: Tensor, count: int) -> Tensor:
+    """Sum ``values`` [..., K] over the unit each belongs to; ``units`` [K] holds unit indices, -1 for none.
+
+    Returns [..., count] in float64.
+
+    >>> per_unit(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, -1, 0]), 2).tolist()
+    [5.0, 0.0]
+    """
+    sums = values.new_zeros((*values.shape[:-1], count + 1), dtype=torch.float64)
+    # Index -1 lands in the extra last column, which is cut off again.
+    return sums.index_add_(-1, units.to(values.device) % (count + 1), values.double())[..., :count]
+
+
+def filter_norm(model: nn.Module, coupling: Coupling) -> Tensor:
+    """ℓ2 norm over all filters that produce a unit's channels, [U]; infinite for a unit without a filter."""
+    rows = {name: _row_sums(model.get_parameter(name).detach().square(), dim) for name, dim in coupling.filters}
+    return _over_axes(rows, coupling.filters, coupling).sqrt()
+
+
+def scale(model: nn.Module, coupling: Coupling) -> Tensor:
+    """abs(γ) summed over a unit's batch-normalisation places, [U]; infinite for a unit that has none."""
+    rows, axes = {}, set()
+    for layer in coupling.layers:
+        module = model.get_submodule(layer)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            gamma = module.weight if module.weight is not None else torch.ones(module.num_features)
+            rows[layer] = gamma.detach().abs()
+            axes.add((layer, 0))
+    units = {axis: coupling.layers[axis[0]] for axis in axes}
+    return _sum_or_inf(rows, units, len(coupling.units))
+
+
+class WeightSquares:
+    """Accumulates Σ (w·dw)² per filter row during backward, by hooks on the filters' weights."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        self._rows: dict[str, Tensor] = {}
+        self._axes = coupling.filters
+        frozen = [name for name, _ in self._axes if not model.get_parameter(name).requires_grad]
+        if frozen:
+            raise ValueError(f"taylor_weight needs gradients of the filters, but {frozen[0]} has requires_grad=False")
+        self._hooks = [self._watch(name, dim, model.get_parameter(name)) for name, dim in self._axes]
+
+    def _watch(self, name: str, dim: int, weight: Tensor):
+        def keep(gradient: Tensor) -> None:
+            row = _row_sums((weight.detach() * gradient.detach()).square(), dim)
+            self._rows[name] = self._rows[name] + row if name in self._rows else row
+
+        return weight.register_hook(keep)
+
+    def drain(self, coupling: Coupling) -> Tensor:
+        """[U]: what arrived since the last call; zero for a unit without a filter."""
+        rows, self._rows = self._rows, {}
+        total = torch.zeros(len(coupling.units), dtype=torch.float64)
+        for name, dim in self._axes:
+            if name in rows:
+                total = total.to(rows[name].device)
+                total += per_unit(rows[name], coupling.axes[name, dim], len(total))
+        return total
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _row_sums(t: Tensor, dim: int) -> Tensor:
+    return t.double().sum([d for d in range(t.dim()) if d != dim])
+
+
+def _over_axes(rows: dict[str, Tensor], axes: set[tuple[str, int]], coupling: Coupling) -> Tensor:
+    return _sum_or_inf(rows, {axis: coupling.axes[axis] for axis in axes}, len(coupling.units))
+
+
+def _sum_or_inf(rows: dict[str, Tensor], units: dict[tuple[str, int], Tensor], count: int) -> Tensor:
+    total, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
+    for axis in sorted(units):
+        total = total.to(rows[axis[0]].device)
+        total += per_unit(rows[axis[0]], units[axis], count)
+        seen[units[axis][units[axis] >= 0]] = True
+    return total.masked_fill(~seen.to(total.device), torch.inf)

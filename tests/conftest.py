@@ -1,0 +1,55 @@
+"""Test session set-up: torchvision beside a CPU build of torch, and a report of the backends that ran."""
+
+from collections import Counter
+from functools import wraps
+
+import pytest
+import torch
+
+from taylorkern import backends
+
+# torchvision's own build needs the schemas of two operators that a CPU build of torch lacks.
+_vision = torch.library.Library("torchvision", "FRAGMENT")
+for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets) -> Tensor"):
+    try:
+        _vision.define(_schema)
+    except RuntimeError:
+        pass  # a full build of torchvision has defined it
+
+_calls: Counter[str] = Counter()
+
+
+def _counted(name: str, function):
+    @wraps(function)
+    def call(*args, **kwargs):
+        _calls[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def pytest_sessionstart():
+    for device, providers in backends.PROVIDERS.items():
+        for backend in providers:
+            for operation in backends.OPERATIONS:
+                function = getattr(backend, operation)
+                if not hasattr(function, "__wrapped__"):
+                    short = backend.__name__.rpartition(".")[2]
+                    setattr(backend, operation, _counted(f"{operation} by {short}", function))
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("backends that ran")
+    for name, count in sorted(_calls.items()):
+        terminalreporter.write_line(f"{name}: {count} calls")
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("no CUDA device: nothing was run on a GPU")
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN, so that an element a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
