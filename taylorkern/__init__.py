@@ -1,4 +1,4 @@
-"""taylorkern: which channels of a network matter, scored while it trains, and the rest cut. Importing compiles nothing."""
+"""Which channels of a network matter, scored while it trains, and the rest cut. Importing compiles nothing."""
 
 from . import backends as _backends  # noqa: F401  registers the operations' implementations
 from ._version import __version__

@@ -33,7 +33,7 @@ class ChannelGate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         s = None
         if ctx.needs_input_grad[1]:
             try:
@@ -54,7 +54,7 @@ class BatchNormAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, residual, weight, bias, z, y, mean, var, training, eps, activation):
+    def forward(x: Tensor, residual: Any, weight: Any, bias: Any, z: Tensor, y: Tensor, *_: Any) -> Tensor:
         return torch.ops.aten._unsafe_view.default(y, y.shape)
 
     @staticmethod
@@ -65,7 +65,7 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         try:
             x, y, weight, bias, mean, var = ctx.saved_tensors
         except RuntimeError as error:

@@ -28,7 +28,7 @@ class Gate:
         self._owner = weakref.ref(owner)
         self._leaves: dict[tuple[Any, ...], Tensor] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _no_gate, ()
 
     def owner(self) -> "Scores | None":

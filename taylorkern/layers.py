@@ -4,12 +4,11 @@ Each class is its torch parent with the same constructor, state_dict and repr. W
 forward and nothing else; with one it also delivers s [N, C], the gradient of its virtual gate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autograd import BatchNormAct, ChannelGate, InplaceError
@@ -17,7 +16,7 @@ from .gates import Gate
 from .ops import accumulator
 
 
-class Gated:
+class Gated(nn.Module):
     """What every gated layer shares: the gate, absent until a Scores attaches one."""
 
     gate: Gate | None = None
@@ -28,14 +27,15 @@ class _Affine(Gated):
 
     channel_dim: int
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parent: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        parent: Callable[..., Tensor] = super().forward
+        a = parent(*args, **kwargs)
         if self.gate is None or not self.gate.wanted():
-            return parent(x, *args, **kwargs)
-        a = parent(x, *args, **kwargs)
+            return a
         view = partial(_as_ncs, batched=self._batched(a), channel_dim=self.channel_dim)
-        z = self.gate.leaf(*view(a).shape[:2], like=a)
-        return ChannelGate.apply(a, z, view, _Recompute(self, partial(parent, *args, **kwargs), x, a.dtype))
+        samples, channels = view(a).shape[:2]
+        z = self.gate.leaf(samples, channels, a)
+        return ChannelGate.apply(a, z, view, _Recompute(self, parent, args, kwargs, a.dtype))
 
     def _batched(self, a: Tensor) -> bool:
         raise NotImplementedError
@@ -43,13 +43,14 @@ class _Affine(Gated):
 
 class _Convolution(_Affine):
     channel_dim = 1
+    weight: Tensor
 
     def _batched(self, a: Tensor) -> bool:
-        return a.dim() == self.weight.dim()  # type: ignore[attr-defined]
+        return a.dim() == self.weight.dim()
 
 
 class Conv1d(_Convolution, nn.Conv1d):
-    __doc__ = nn.Conv1d.__doc__
+    """``torch.nn.Conv1d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
 class Conv2d(_Convolution, nn.Conv2d):
@@ -64,19 +65,19 @@ class Conv2d(_Convolution, nn.Conv2d):
 
 
 class Conv3d(_Convolution, nn.Conv3d):
-    __doc__ = nn.Conv3d.__doc__
+    """``torch.nn.Conv3d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
 class ConvTranspose1d(_Convolution, nn.ConvTranspose1d):
-    __doc__ = nn.ConvTranspose1d.__doc__
+    """``torch.nn.ConvTranspose1d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
 class ConvTranspose2d(_Convolution, nn.ConvTranspose2d):
-    __doc__ = nn.ConvTranspose2d.__doc__
+    """``torch.nn.ConvTranspose2d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
 class ConvTranspose3d(_Convolution, nn.ConvTranspose3d):
-    __doc__ = nn.ConvTranspose3d.__doc__
+    """``torch.nn.ConvTranspose3d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
 class Linear(_Affine, nn.Linear):
@@ -97,14 +98,16 @@ class Linear(_Affine, nn.Linear):
 class _BatchNorm(Gated):
     """Batch normalisation with the gate on its affine output, in training and evaluation."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.gate is None or not self.gate.wanted():
-            return super().forward(x)  # type: ignore[misc]
-        return _gated_batch_norm(self, self.gate, x)  # type: ignore[arg-type]
+            output: Tensor = super().forward(input)
+            return output
+        assert isinstance(self, nn.modules.batchnorm._BatchNorm)
+        return _gated_batch_norm(self, self.gate, input)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    __doc__ = nn.BatchNorm1d.__doc__
+    """``torch.nn.BatchNorm1d`` whose channels can be scored; see :class:`BatchNorm2d`."""
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
@@ -112,13 +115,13 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 
     Both sums are the ones its backward makes anyway. Arguments, state_dict and repr are torch's.
 
-    >>> BatchNorm2d(8)
-    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> repr(BatchNorm2d(8)) == repr(nn.BatchNorm2d(8))
+    True
     """
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    __doc__ = nn.BatchNorm3d.__doc__
+    """``torch.nn.BatchNorm3d`` whose channels can be scored; see :class:`BatchNorm2d`."""
 
 
 GATED: dict[type[nn.Module], type[nn.Module]] = {
@@ -185,21 +188,29 @@ def revert(model: nn.Module) -> nn.Module:
 class _Recompute:
     """A layer's output once more, for a backward that finds it overwritten; refuses where its inputs changed too."""
 
-    def __init__(self, layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Module, forward: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any], dtype: torch.dtype
+    ) -> None:
         self.layer, self.forward, self.dtype = type(layer).__name__, forward, dtype
-        self.x = x.detach()
-        self.inputs = [t.detach() for t in (x, *layer.parameters(recurse=False))]
-        self.versions = [t._version for t in self.inputs]
+        self.args, self.kwargs = _detached(args), dict(zip(kwargs, _detached(kwargs.values()), strict=True))
+        given = [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+        self.device = given[0].device.type
+        self.read = [*given, *_detached(layer.parameters(recurse=False))]
+        self.versions = [t._version for t in self.read]
 
     def __call__(self) -> Tensor:
-        if [t._version for t in self.inputs] != self.versions:
+        if [t._version for t in self.read] != self.versions:
             raise InplaceError(
                 f"the output of a scored {self.layer} was overwritten in place before backward, and so was its input "
                 "or weight, so its score can't be computed; use the out-of-place form of that operation"
             )
-        autocast = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.no_grad(), torch.autocast(self.x.device.type, dtype=self.dtype if autocast else None, enabled=autocast):
-            return self.forward(self.x)
+        narrow = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.no_grad(), torch.autocast(self.device, dtype=self.dtype if narrow else None, enabled=narrow):
+            return self.forward(*self.args, **self.kwargs)
+
+
+def _detached(values: Iterable[Any]) -> list[Any]:
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
 
 
 def _as_ncs(t: Tensor, batched: bool, channel_dim: int) -> Tensor:
@@ -212,20 +223,27 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
     """Torch's own forward, bit for bit, running statistics included; the backward is ours and fills the gate."""
     layer._check_input_dim(x)
     use_batch = layer.training or layer.running_mean is None
-    if use_batch:
-        F._verify_batch_size(list(x.shape))
-    z = gate.leaf(x.shape[0], x.shape[1], like=x)
+    if use_batch and x.numel() <= x.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    z = gate.leaf(x.shape[0], x.shape[1], x)
     tracked = layer.track_running_stats or not layer.training
     running = (layer.running_mean, layer.running_var) if tracked else (None, None)
-    momentum = _momentum(layer)
     with torch.no_grad():
-        y, mean, invstd = torch.native_batch_norm(
-            x, layer.weight, layer.bias, *running, use_batch, momentum, layer.eps
+        y, *saved = torch.native_batch_norm(
+            x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
-        mean, var = (mean, invstd.double() ** -2 - layer.eps) if use_batch else (running[0].clone(), running[1].clone())
-        wide = accumulator(x.dtype)
-        mean, var = mean.to(wide), var.to(wide)
+        mean, var = _used_statistics(saved if use_batch else running, use_batch, layer.eps, accumulator(x.dtype))
     return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, y, mean, var, use_batch, layer.eps, "none")
+
+
+def _used_statistics(
+    statistics: Sequence[Tensor | None], inverse: bool, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance as copies, from (mean, var) or, if ``inverse``, from (mean, 1/sqrt(var + eps))."""
+    mean, spread = statistics
+    assert mean is not None and spread is not None
+    var = spread.double() ** -2 - eps if inverse else spread
+    return mean.to(dtype, copy=True), var.to(dtype, copy=True)
 
 
 def _momentum(layer: nn.modules.batchnorm._BatchNorm) -> float:

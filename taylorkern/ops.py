@@ -5,6 +5,8 @@ float32 otherwise. Every operation is functional (no argument is written, no out
 deterministic: the same inputs give the same bits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -138,16 +140,17 @@ def _per_channel(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("taylorkern::channel_scores", lib=library)
-def _(a, g):
+def _(a: Tensor, g: Tensor) -> Tensor:
     return _per_sample(a)
 
 
 @torch.library.register_fake("taylorkern::batch_norm_act", lib=library)
-def _(x, residual, weight, bias, running_mean, running_var, training, eps, activation):
+def _(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _per_channel(x), _per_channel(x)
 
 
 @torch.library.register_fake("taylorkern::batch_norm_act_backward", lib=library)
-def _(dy, x, y, weight, bias, mean, var, training, eps, activation, residual_grad):
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    residual_grad = rest[-1]
     dresidual = torch.empty_like(x) if residual_grad else x.new_empty(0)
     return torch.empty_like(x), dresidual, _per_channel(x), _per_channel(x), _per_sample(x)

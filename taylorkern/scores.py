@@ -1,6 +1,5 @@
 """Scores: collects the gates' gradients and folds them, minibatch by minibatch, into statistics per unit."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -72,9 +71,7 @@ class Scores:
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
-        self._weight_squares = (
-            weights.WeightSquares(model, self.coupling) if _FROM_WEIGHT_GRADIENTS in wanted else None
-        )
+        self._weight_squares = weights.WeightSquares(model, self.coupling) if _FROM_WEIGHT_GRADIENTS in wanted else None
         self._names = _FROM_GATES + ((_FROM_WEIGHT_GRADIENTS,) if self._weight_squares else ())
         self._attach()
         if not alone:
@@ -215,11 +212,13 @@ class Scores:
 
     def _mean(self, need: str) -> Tensor:
         count, dropped = int(self._count), int(self._dropped)
-        if count == 0:
+        if count == 0 and dropped:
             raise RuntimeError(
                 f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
-                if dropped
-                else "no score yet: no backward has reached a gate; run model(inputs) with gradients on, then loss.backward()"
+            )
+        if count == 0:
+            raise RuntimeError(
+                "no score yet: no backward has reached a gate; run the model with gradients on, then loss.backward()"
             )
         if self._silent:
             warnings.warn(
@@ -232,7 +231,7 @@ class Scores:
     def _attach(self) -> None:
         gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
         self._gates = {layer: Gate(self) for layer in self.coupling.layers if layer in gated}
-        taken = [layer for layer in self._gates if gated[layer].gate is not None and gated[layer].gate.owner()]
+        taken = [layer for layer in self._gates if (gate := gated[layer].gate) and gate.owner()]
         if taken:
             warnings.warn(
                 f"layer {taken[0]!r} already feeds another Scores, which gets no more minibatches from here on; "

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .coupling import Coupling
 
@@ -49,7 +50,7 @@ class WeightSquares:
             raise ValueError(f"taylor_weight needs gradients of the filters, but {frozen[0]} has requires_grad=False")
         self._hooks = [self._watch(name, dim, model.get_parameter(name)) for name, dim in self._axes]
 
-    def _watch(self, name: str, dim: int, weight: Tensor):
+    def _watch(self, name: str, dim: int, weight: Tensor) -> RemovableHandle:
         def keep(gradient: Tensor) -> None:
             row = _row_sums((weight.detach() * gradient.detach()).square(), dim)
             self._rows[name] = self._rows[name] + row if name in self._rows else row

@@ -1,6 +1,7 @@
 """Test session set-up: torchvision beside a CPU build of torch, and a report of the backends that ran."""
 
 from collections import Counter
+from contextlib import suppress
 from functools import wraps
 
 import pytest
@@ -11,10 +12,8 @@ from taylorkern import backends
 # torchvision's own build needs the schemas of two operators that a CPU build of torch lacks.
 _vision = torch.library.Library("torchvision", "FRAGMENT")
 for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets) -> Tensor"):
-    try:
+    with suppress(RuntimeError):  # a full build of torch has defined it already
         _vision.define(_schema)
-    except RuntimeError:
-        pass  # a full build of torchvision has defined it
 
 _calls: Counter[str] = Counter()
 
@@ -29,7 +28,7 @@ def _counted(name: str, function):
 
 
 def pytest_sessionstart():
-    for device, providers in backends.PROVIDERS.items():
+    for providers in backends.PROVIDERS.values():
         for backend in providers:
             for operation in backends.OPERATIONS:
                 function = getattr(backend, operation)

@@ -55,8 +55,10 @@ def with_gates(model: nn.Module, units, z: Tensor):
 
     def hook(layer):
         def multiply(module, inputs, output):
-            gates = [z[:, columns[layer][c]] if c in columns[layer] else torch.ones_like(z[:, 0]) for c in range(output.shape[1])]
-            return output * torch.stack(gates, 1).reshape(*output.shape[:2], *[1] * (output.dim() - 2))
+            gates = torch.ones(output.shape[:2], dtype=z.dtype)
+            channels = torch.tensor(list(columns[layer]))
+            gates = gates.index_copy(1, channels, z[:, list(columns[layer].values())])
+            return output * gates.reshape(*output.shape[:2], *[1] * (output.dim() - 2))
 
         return multiply
 

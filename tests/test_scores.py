@@ -62,7 +62,7 @@ def test_float32_scores_are_float32_close():
 
 
 def test_linked_channels_add_before_the_square():
-    model, scores = made(residual)
+    _, scores = made(residual)
     linked = [unit for unit in scores.units if len(unit.places) > 1]
     assert {tuple(layer for layer, _ in unit.places) for unit in linked} == {("1", "3.bn2"), ("4.bn2", "4.down.1")}
     assert all(len({channel for _, channel in unit.places}) == 1 for unit in linked)
@@ -84,7 +84,10 @@ def test_criteria_of_weights_are_their_formulas():
     model, scores = made(residual, criteria=["taylor_weight"])
     train_on(model, [1])
     scale, square, taylor = (torch.zeros(len(scores.units)) for _ in range(3))
-    conv_of = {"1": "0", "3.bn1": "3.conv1", "3.bn2": "3.conv2", "4.bn1": "4.conv1", "4.bn2": "4.conv2", "4.down.1": "4.down.0"}
+    conv_of = {layer: layer.replace("bn", "conv") for layer in scores.coupling.layers} | {
+        "1": "0",
+        "4.down.1": "4.down.0",
+    }
     for u, unit in enumerate(scores.units):
         for layer, c in unit.places:
             weight = model.get_submodule(conv_of[layer]).weight
@@ -153,8 +156,8 @@ def test_batch_sizes_may_change_and_meet_in_one_minibatch():
     assert scores.minibatches == 2
     scores.reset()
     first, second = expected(model, scores, [1], n=8)[0], expected(model, scores, [2], n=3)[0]
-    losses = [nn.functional.cross_entropy(model(x), t) for x, t in (batch(1, 8, torch.float64), batch(2, 3, torch.float64))]
-    sum(losses).backward()
+    batches = batch(1, 8, torch.float64), batch(2, 3, torch.float64)
+    sum(nn.functional.cross_entropy(model(x), target) for x, target in batches).backward()
     assert scores.minibatches == 1
     assert distance(scores.importance("taylor_fo"), (first.sum(0) + second.sum(0)).square()) < 1e-9
     fisher = 8 * first.square().sum(0) + 3 * second.square().sum(0)
@@ -300,7 +303,7 @@ class Detached(Argmax):
 @pytest.mark.parametrize("build", [Argmax, Detached])
 def test_a_model_that_returns_nothing_differentiable_is_refused(build):
     model = tk.convert(build())
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="differentiated|no unit"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"differentiated|no unit"):
         warnings.simplefilter("error")
         tk.Scores(model, batch(0)[0])
     assert all(getattr(module, "gate", None) is None for module in model.modules())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def provider(operation: str, tensor: Tensor) -> ModuleType:
 
 
 def _serve(operation: str) -> Callable:
-    def call(first: Tensor, *rest):
+    def call(first: Tensor, *rest: Any) -> Any:
         return getattr(provider(operation, first), operation)(first, *rest)
 
     return call

@@ -28,7 +28,7 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     mean, var = _statistics(wide, running_mean, running_var, training)
-    z = _affine(_normalised(wide, mean, var, eps), weight, bias)
+    z = _affine(wide, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
     y = torch.relu(z) if activation == "relu" else z
@@ -49,11 +49,11 @@ def batch_norm_act_backward(
     residual_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = accumulator(x.dtype)
-    xhat = _normalised(x.to(acc), mean, var, eps)
-    dz = dy.to(acc)
+    wide, dz = x.to(acc), dy.to(acc)
+    xhat = (wide - _column(mean, x)) * _column(torch.rsqrt(var + eps), x)
     if activation == "relu":
-        z = _affine(xhat, weight, bias) if y is None else y
-        dz = torch.where(z > 0, dz, dz.new_zeros(()))
+        z = _affine(wide, weight, bias, mean, var, eps) if y is None else y
+        dz = torch.where(z <= 0, 0, dz)  # a NaN lets the gradient through, as in torch
     A, B = _spatial_sum(xhat * dz), _spatial_sum(dz)  # [N, C]
     dweight, dbias = A.sum(0), B.sum(0)
     s = _scale(weight, A) * A + (0 if bias is None else bias.to(acc) * B)
@@ -68,6 +68,8 @@ def batch_norm_act_backward(
 def _statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
+    if training and x.numel() == 0:
+        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     if training:
         dims = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x, dims, correction=0)
@@ -80,14 +82,10 @@ def _column(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
-def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    return (x - _column(mean, x)) * _column(torch.rsqrt(var + eps), x)
-
-
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        xhat = xhat * _column(weight.to(xhat.dtype), xhat)
-    return xhat if bias is None else xhat + _column(bias.to(xhat.dtype), xhat)
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    # Subtracting first keeps the digits that x·scale + (bias - mean·scale) would cancel.
+    z = (x - _column(mean, x)) * _column(_scale(weight, var) * torch.rsqrt(var + eps), x)
+    return z if bias is None else z + _column(bias.to(z.dtype), z)
 
 
 def _scale(weight: Tensor | None, like: Tensor) -> Tensor:

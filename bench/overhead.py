@@ -1,0 +1,130 @@
+"""What scoring costs: whole training steps of one network, each way interleaved in one process, as ratios to plain.
+
+    python bench/overhead.py --network resnet18 --batch 16 --size 64 --pairs 15 [--channels-last] [--json FILE]
+
+plain        torch's own layers
+converted    taylorkern's layers, nobody scoring
+scored       a Scores attached: taylor_fo, taylor_fo_abs and the empirical Fisher of every coupled unit
+hooks        plain layers with forward hooks, (a * g).sum((2, 3)) at every batch normalisation, correct out of place
+
+The scores of "scored" and "hooks" are compared before anything is timed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import taylorkern as tk
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import conftest  # noqa: F401  torchvision beside a CPU build of torch
+
+
+class Hooks:
+    """The pure-PyTorch way: keep each activation, multiply it with its gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.scores: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, a: Tensor) -> Tensor:
+            def score(g: Tensor) -> None:
+                self.scores[name] = (a.detach() * g).sum((2, 3))
+
+            a.register_hook(score)
+            return a.clone()  # what runs in place behind the layer must not reach the activation kept here
+
+        return hook
+
+
+def build(network: str, channels_last: bool) -> nn.Module:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model = get_model(network, weights=None).train()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    return run
+
+
+def agreement(scored: nn.Module, hooks: Hooks) -> float:
+    """Largest relative distance between the gates' s and the hooks', over the layers that carry a gate."""
+    worst = 0.0
+    for name, module in scored.named_modules():
+        if getattr(module, "gate", None) and isinstance(module, nn.BatchNorm2d):
+            (s,) = module.gate.drain()
+            worst = max(worst, float((s - hooks.scores[name]).norm() / hooks.scores[name].norm()))
+    return worst
+
+
+def measure(ways: dict[str, Callable[[], None]], pairs: int) -> dict[str, dict[str, float]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(pairs):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    ratios = {name: [t / p for t, p in zip(times[name], times["plain"], strict=True)] for name in ways}
+    return {
+        name: dict(zip(("p25", "median", "p75"), statistics.quantiles(r, n=4), strict=True))
+        for name, r in ratios.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    x = torch.randn(options.batch, 3, options.size, options.size)
+    x = x.contiguous(memory_format=torch.channels_last) if options.channels_last else x
+    target = torch.randint(1000, (options.batch,))
+    models = {name: build(options.network, options.channels_last) for name in ("plain", "converted", "scored", "hooks")}
+    tk.convert(models["converted"])
+    scores = tk.Scores(tk.convert(models["scored"]), x[:1])
+    hooks = Hooks(models["hooks"])
+    ways = {name: step(model, x, target) for name, model in models.items()}
+    for run in ways.values():
+        run()
+    worst = agreement(models["scored"], hooks)
+    if worst > 1e-3:
+        raise SystemExit(f"scores and hooks disagree by {worst:.1e}: nothing is timed")
+    ratios = measure(ways, options.pairs)
+    print(
+        f"{options.network}, batch {options.batch}, {options.size}x{options.size}, "
+        f"{'channels_last' if options.channels_last else 'contiguous'}, {options.pairs} interleaved pairs, "
+        f"{torch.get_num_threads()} threads; scores agree with hooks to {worst:.1e}; {len(scores.units)} units"
+    )
+    for name, q in ratios.items():
+        print(f"{name:10} {q['median']:.3f} of plain   (quartiles {q['p25']:.3f} to {q['p75']:.3f})")
+    if options.json:
+        facts = {key: str(value) for key, value in vars(options).items()} | {"torch": torch.__version__}
+        options.json.write_text(json.dumps({"options": facts, "agreement": worst, "ratios": ratios}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

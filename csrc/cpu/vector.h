@@ -1,0 +1,169 @@
+// Vector registers of the host, through the compilers' vector extensions, and loads and stores that convert on the way.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../formula.h"
+
+namespace taylorkern::cpu {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#else
+constexpr int64_t kRegisterBytes = 32;
+#endif
+
+template <class E, int64_t Lanes>
+struct Register {
+  typedef E type __attribute__((vector_size(sizeof(E) * Lanes)));
+};
+template <class E>
+struct Register<E, 1> {
+  using type = E;
+};
+
+template <class E, int64_t Lanes>
+using Vector = typename Register<E, Lanes>::type;
+
+template <class A>
+constexpr int64_t kLanes = kRegisterBytes / static_cast<int64_t>(sizeof(A));
+
+// A register as a function argument: its type, and how many of its first lanes the register before has covered.
+template <class A, int64_t Lanes>
+struct Pack {
+  using acc = A;
+  using type = Vector<A, Lanes>;
+  static constexpr int64_t lanes = Lanes;
+  int64_t overlap = 0;
+};
+
+// f(pack) with the widest register that `count` elements fill
+template <class A, class F>
+TAYLORKERN_INLINE void with_width(int64_t count, const F& f) {
+  constexpr int64_t whole = kLanes<A>, quarter = kLanes<A> / 4;
+  if (count >= whole) return f(Pack<A, whole>{});
+  if (count >= quarter) return f(Pack<A, quarter>{});
+  f(Pack<A, 1>{});
+}
+
+// f(pack, i) for registers at i = from, from + Lanes ... up to `end`. The last one may overlap the one before:
+// what f adds up must pass through `unless_covered`; what it stores per element it stores twice.
+template <class A, int64_t Lanes, class F>
+TAYLORKERN_INLINE void step(Pack<A, Lanes>, int64_t from, int64_t end, const F& f) {
+  for (int64_t i = from; i < end; i += Lanes) {
+    const int64_t start = std::min(i, end - Lanes);
+    f(Pack<A, Lanes>{i - start}, start);
+  }
+}
+
+// f(pack, i) over [begin, end), in registers of one width
+template <class A, class F>
+TAYLORKERN_INLINE void for_packs(int64_t begin, int64_t end, const F& f) {
+  with_width<A>(end - begin, [&](auto pack) { step(pack, begin, end, f); });
+}
+
+template <class To, class From>
+TAYLORKERN_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class To, class From>
+TAYLORKERN_INLINE To convert(From from) {
+  if constexpr (std::is_arithmetic_v<From>) {
+    return static_cast<To>(from);
+  } else {
+    return __builtin_convertvector(from, To);
+  }
+}
+
+template <class P, class T>
+TAYLORKERN_INLINE typename P::type load(P, const T* from) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    Vector<uint16_t, P::lanes> bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return bit_cast<typename P::type>(convert<Vector<uint32_t, P::lanes>>(bits) << 16);
+  } else {
+    typename P::type value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+}
+
+// Rounds to nearest, ties to even; a NaN becomes a quiet NaN of the same sign.
+template <class U>
+TAYLORKERN_INLINE U bfloat16_bits(U bits) {
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet = (bits >> 16) | 0x40u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+template <class P, class T>
+TAYLORKERN_INLINE void store(P, T* to, typename P::type value) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto bits = bfloat16_bits(bit_cast<Vector<uint32_t, P::lanes>>(value));
+    const auto narrow = convert<Vector<uint16_t, P::lanes>>(bits);
+    std::memcpy(to, &narrow, sizeof narrow);
+  } else {
+    std::memcpy(to, &value, sizeof value);
+  }
+}
+
+// All lanes equal; subtracting zero keeps the sign of -0.
+template <class P>
+TAYLORKERN_INLINE typename P::type splat(P, typename P::acc value) {
+  return value - typename P::type{};
+}
+
+template <class P>
+TAYLORKERN_INLINE Vector<double, P::lanes> widen(P, typename P::type value) {
+  return convert<Vector<double, P::lanes>>(value);
+}
+
+// `fresh`, but `old` in the lanes that the register before has covered
+template <class P, class V>
+TAYLORKERN_INLINE V unless_covered(P pack, V fresh, V old) {
+  if constexpr (P::lanes > 1) {
+    if (pack.overlap == 0) return fresh;
+    using Number = std::conditional_t<sizeof(V) / P::lanes == 8, int64_t, int32_t>;
+    Number numbers[P::lanes];
+    for (int64_t lane = 0; lane < P::lanes; ++lane) numbers[lane] = static_cast<Number>(lane);
+    Vector<Number, P::lanes> lane;
+    std::memcpy(&lane, numbers, sizeof lane);
+    return lane >= static_cast<Number>(pack.overlap) ? fresh : old;
+  }
+  return fresh;
+}
+
+// to[0..lanes) += value, in double
+template <class P>
+TAYLORKERN_INLINE void add_to(P pack, double* to, typename P::type value) {
+  const Pack<double, P::lanes> wide{};
+  const auto old = load(wide, to);
+  store(wide, to, unless_covered(pack, old + widen(pack, value), old));
+}
+
+template <int64_t Lanes>
+TAYLORKERN_INLINE double lane_sum(Vector<double, Lanes> value) {
+  if constexpr (Lanes == 1) {
+    return value;
+  } else {
+    Vector<double, Lanes / 2> halves[2];
+    std::memcpy(halves, &value, sizeof halves);
+    return lane_sum<Lanes / 2>(halves[0] + halves[1]);
+  }
+}
+
+}  // namespace taylorkern::cpu

@@ -1,0 +1,85 @@
+// The contract between bindings and kernels. Free of torch and of Python; every backend compiles it.
+//
+// A tensor [N, C, S] has N samples, C channels and S positions (all spatial dimensions flattened). It is dense, in one
+// of two layouts:
+//   channels_first  element (n, c, s) at (n*C + c)*S + s
+//   channels_last   element (n, c, s) at (n*S + s)*C + c
+// All [N, C, S] tensors of one call share the layout and the dtype. [C] and [N, C] tensors are contiguous and hold the
+// accumulation type `acc`: double for f64, float otherwise. Nothing needs more alignment than its element type.
+//
+// No output may overlap an input or another output. Any of N, C, S may be 0; a pointer to no elements may be null.
+// Sums are taken in an order that depends on the shape alone: the same inputs give the same bits with any number of
+// threads.
+#pragma once
+
+#include <cstdint>
+
+namespace taylorkern {
+
+enum class Layout : int32_t { channels_first = 0, channels_last = 1 };
+enum class Dtype : int32_t { f32 = 0, f64 = 1, bf16 = 2 };
+enum class Activation : int32_t { none = 0, relu = 1 };
+
+struct Shape {
+  int64_t N, C, S;
+  Layout layout;
+  Dtype dtype;
+};
+
+// s[n,c] = sum_S a * g
+struct ChannelScores {
+  Shape shape;
+  const void* a;  // [N, C, S]
+  const void* g;  // [N, C, S]
+  void* s;        // [N, C] acc, written
+};
+
+// y = act((x - mean) * scale + bias [+ residual]), scale = weight / sqrt(var + eps)
+// relu(z) = 0 where z <= 0, else z: NaN stays NaN.
+struct BatchNormAct {
+  Shape shape;
+  const void* x;         // [N, C, S]
+  const void* residual;  // [N, C, S] or null: no residual
+  const void* weight;    // [C] acc or null: ones
+  const void* bias;      // [C] acc or null: zeros
+  void* y;               // [N, C, S], written
+  void* mean;            // [C] acc; training: written, the batch's (0 if the batch is empty); otherwise read
+  void* var;             // [C] acc; training: written, the batch's biased variance (0 if empty); otherwise read
+  double eps;
+  bool training;
+  Activation activation;
+};
+
+// dz = dy where the activation let it through, else 0. The relu mask is y > 0 where y is given, else z > 0 with z
+// computed from x by the forward's own expression (right only if there was no residual). A NaN y or z lets dy through.
+// xhat = (x - mean) / sqrt(var + eps), A[n,c] = sum_S xhat * dz, B[n,c] = sum_S dz, M = N * S:
+//   s = weight * A + bias * B,  dweight = sum_N A,  dbias = sum_N B
+//   training: dx = scale * (dz - dbias / M - xhat * dweight / M);  otherwise: dx = scale * dz
+struct BatchNormActBackward {
+  Shape shape;
+  const void* dy;      // [N, C, S]
+  const void* x;       // [N, C, S]
+  const void* y;       // [N, C, S] or null; read for relu only
+  const void* weight;  // [C] acc or null: ones
+  const void* bias;    // [C] acc or null: zeros
+  const void* mean;    // [C] acc, as the forward used it
+  const void* var;     // [C] acc, as the forward used it
+  void* dx;            // [N, C, S], written
+  void* dresidual;     // [N, C, S] or null: not wanted; written with dz
+  void* dweight;       // [C] acc, written
+  void* dbias;         // [C] acc, written
+  void* s;             // [N, C] acc, written
+  double eps;
+  bool training;
+  Activation activation;
+};
+
+namespace cpu {
+
+// threads: how many may work; it never changes a bit of the result.
+void channel_scores(const ChannelScores& args, int threads);
+void batch_norm_act(const BatchNormAct& args, int threads);
+void batch_norm_act_backward(const BatchNormActBackward& args, int threads);
+
+}  // namespace cpu
+}  // namespace taylorkern

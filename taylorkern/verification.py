@@ -1,0 +1,264 @@
+"""Compares a cut model with the dense one whose removed units are masked as their consumers see them.
+
+Both run in evaluation mode on the example inputs, in float64 where the model runs in it. What is compared: every
+output, and of every gateable layer the channels that stay. Equal up to rounding: the two add the same products, but
+convolutions and matrix products of other sizes add them in another order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .coupling import Coupling
+from .coupling.tracer import channel_dim
+from .example import in_float64, repeated, run, tensors
+from .fit import changes
+from .layers import gateable
+from .state import named_tensors, untouched
+
+# Largest difference relative to the largest magnitude, per narrowest dtype that the model computes in. A sum of k
+# products rounds by about √k·eps, and later layers pass that on: some 1e4 eps in deep networks. In float64 a wrong
+# channel, off by a sizeable part of the whole, stands out at 1e-9 by far; narrower types leave less room.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class SurgeryError(RuntimeError):
+    """A cut was refused and nothing changed. ``operation``, ``module`` and ``unit`` say where it failed, if known."""
+
+    def __init__(self, message: str, operation: str = "", module: str = "", unit: int | None = None) -> None:
+        super().__init__(message)
+        self.operation, self.module, self.unit = operation, module, unit
+
+
+@dataclass
+class _Step:
+    """A gateable layer's output in short, and the operations since the one before."""
+
+    layer: str
+    digest: Tensor  # [C]: a weighted sum over all positions, which tells positions apart
+    scale: Tensor  # [C]: the sum of magnitudes
+    operations: list[str]
+
+
+@dataclass
+class _Run:
+    steps: list[_Step] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)  # since the last step
+    outputs: list[Tensor] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    module: str = ""
+    pending: str = ""  # the operation that has begun and not ended
+
+
+def check(model: nn.Module, coupling: Coupling, gone: Tensor, new: dict[str, Tensor], example_inputs: Any) -> None:
+    """Raise SurgeryError unless ``model`` with the tensors ``new`` computes what it computes with ``gone`` masked.
+
+    The model itself is left as it was, whatever happens.
+    """
+    masked = _masked(named_tensors(model), coupling, gone)
+    try:
+        wide = in_float64(example_inputs)
+        dense, inputs, change = _observe(model, _in_float64(masked), wide), wide, _in_float64
+    except Exception:
+        dense, inputs, change = _observe_own_dtype(model, masked, example_inputs), example_inputs, _as_they_are
+    lost = _Lost(coupling, gone)
+    replaced = {name: new.get(name, tensor) for name, tensor in named_tensors(model).items()}
+    with _substituted(model, change(replaced)):
+        thin = _Run()
+        try:
+            _watch(model, inputs, thin)
+        except Exception as error:
+            raise lost.failed(thin, error) from error
+        _compare(dense, thin, lost)
+        if coupling.trained:
+            _run_in_training(model, inputs, lost)
+
+
+def _masked(named: dict[str, Tensor], coupling: Coupling, gone: Tensor) -> dict[str, Tensor]:
+    masked, stays = {name: tensor.detach() for name, tensor in named.items()}, coupling.staying(gone)
+    for name, dim in coupling.consumers:
+        indices = (~stays[coupling.axes[name, dim]]).nonzero().flatten()
+        masked[name] = masked[name].index_fill(dim, indices.to(masked[name].device), 0)
+    return masked
+
+
+def _in_float64(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach() for name, t in values.items()}
+
+
+def _as_they_are(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return values
+
+
+def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
+    seen = _Run()
+    with _substituted(model, values):
+        _watch(model, inputs, seen)
+    return seen
+
+
+def _observe_own_dtype(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
+    try:
+        return _observe(model, values, inputs)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} does not run on the example inputs: {error}") from error
+
+
+@contextmanager
+def _substituted(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Within, the parameters and buffers hold ``values`` and the module attributes fit them."""
+    named = named_tensors(model)
+    held = {name: tensor.data for name, tensor in named.items()}
+    attributes: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for name, tensor in named.items():
+            tensor.data = values[name].detach()
+        for module, attribute, value in changes(model):
+            attributes.append((module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, value)
+        yield
+    finally:
+        for name, tensor in named.items():
+            tensor.data = held[name]
+        for module, attribute, value in attributes:
+            setattr(module, attribute, value)
+
+
+def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
+    paths = {module: path for path, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(paths.get(module, ""))
+        seen.module = stack[-1]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in paths and gateable(module):
+            seen.steps.append(_Step(paths[module], *_digest(module, output), seen.operations))
+            seen.operations = []
+        stack.pop()
+        seen.module = stack[-1] if stack else ""
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        with untouched(model), torch.no_grad(), _Operations(seen):
+            model.eval()
+            seen.outputs = [t.clone() for t in tensors(run(model, inputs))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the operations and the floating-point types they compute in."""
+
+    def __init__(self, seen: _Run) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.pending = str(func)
+        result = func(*args, **(kwargs or {}))
+        self.seen.operations.append(f"{func} in {self.seen.module or 'the model'}")
+        self.seen.pending = ""
+        self.seen.dtypes |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()}
+        return result
+
+
+def _digest(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
+    rows = output.movedim(channel_dim(module, output), 0).flatten(1).double()  # [C, positions]
+    return rows @ torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device).cos(), rows.abs().sum(1)
+
+
+def _compare(dense: _Run, thin: _Run, lost: "_Lost") -> None:
+    tolerance = max((_TOLERANCE.get(dtype, 1e-1) for dtype in dense.dtypes), default=0.0)
+    before = "the inputs"
+    for a, b in zip(dense.steps, thin.steps, strict=False):
+        if not _agree(a, b, lost.stays(a.layer), tolerance):
+            raise lost.differs(a.layer, before, b.operations)
+        before = a.layer
+    if len(dense.steps) != len(thin.steps) or len(dense.outputs) != len(thin.outputs):
+        raise lost.differs("the number of layers and outputs", before, thin.operations)
+    for i, (x, y) in enumerate(zip(dense.outputs, thin.outputs, strict=True)):
+        if x.shape != y.shape or not _close(x, y, x.abs().max() if x.numel() else x.sum(), tolerance):
+            raise lost.differs(f"output {i}", before, thin.operations)
+
+
+def _agree(a: _Step, b: _Step, stays: Tensor | None, tolerance: float) -> bool:
+    digest, scale = (a.digest, a.scale) if stays is None else (a.digest[stays], a.scale[stays])
+    return a.layer == b.layer and digest.shape == b.digest.shape and _close(digest, b.digest, scale.max(), tolerance)
+
+
+def _close(x: Tensor, y: Tensor, scale: Tensor, tolerance: float) -> bool:
+    # Written so that a NaN anywhere is a difference.
+    return bool(((x.double() - y.double()).abs() <= tolerance * scale.double()).all())
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The units that went, and how to say that it did not work."""
+
+    coupling: Coupling
+    gone: Tensor
+
+    def stays(self, layer: str) -> Tensor | None:
+        units = self.coupling.outputs.get(layer)
+        return None if units is None else self.coupling.staying(self.gone)[units]
+
+    def differs(self, what: str, before: str, operations: list[str]) -> SurgeryError:
+        unit = self._unit(what)
+        return SurgeryError(
+            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, the network would "
+            f"differ from the masked dense one at {what}; operations since {before}: {', '.join(operations) or 'none'}",
+            operations[0].split(" in ")[0] if operations else "",
+            what,
+            unit,
+        )
+
+    def failed(self, seen: _Run, error: Exception) -> SurgeryError:
+        unit = self._unit(seen.steps[-1].layer if seen.steps else "")
+        where = f"in module {seen.module!r}" if seen.module else "in the model's own code"
+        what = (
+            f"{seen.pending} {where}"
+            if seen.pending
+            else f"the code {where}, after {(seen.operations or ['its start'])[-1]},"
+        )
+        return SurgeryError(
+            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, {what} fails: {error}. "
+            "A width may be a fixed number there; take it from the tensor's shape instead",
+            seen.pending,
+            seen.module,
+            unit,
+        )
+
+    def _unit(self, layer: str) -> int:
+        """A removed unit of this layer, or the first one removed."""
+        units = self.coupling.outputs.get(layer)
+        here = self.gone[torch.isin(self.gone, units)] if units is not None else self.gone
+        return int(here[0] if len(here) else self.gone[0])
+
+    def _places(self, unit: int) -> str:
+        layer, channel = self.coupling.units[unit].places[0]
+        return f"({layer}, channel {channel})"
+
+
+def _run_in_training(model: nn.Module, inputs: Any, lost: _Lost) -> None:
+    """Branches that exist only in training must run; their numbers depend on chance and are not compared."""
+    errors = []
+    for example in (inputs, repeated(inputs)):
+        seen = _Run()
+        try:
+            with untouched(model), torch.no_grad(), _Operations(seen):
+                model.train()
+                run(model, example)
+            return
+        except Exception as error:
+            errors.append((seen, error))
+    raise lost.failed(*errors[-1]) from errors[-1][1]

@@ -1,0 +1,161 @@
+// Runs every kernel over odd shapes on buffers of exactly the right size, at addresses that are aligned to no more than their
+// element, and compares with plain loops in double. Meant to be compiled with sanitizers; exits with 1 at the first wrong number.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/vector.h"
+#include "ops.h"
+
+using namespace taylorkern;
+
+namespace {
+
+std::mt19937 generator(0);
+
+double value_of(double v) { return v; }
+double value_of(float v) { return v; }
+double value_of(cpu::bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+void assign(double& to, double v) { to = v; }
+void assign(float& to, double v) { to = static_cast<float>(v); }
+void assign(cpu::bfloat16& to, double v) { cpu::store(cpu::Pack<float, 1>{}, &to, static_cast<float>(v)); }
+
+// `count` elements that end where their allocation ends and start one element behind its start
+template <class T>
+struct Buffer {
+  std::vector<T> memory;
+  explicit Buffer(int64_t count) : memory(static_cast<size_t>(count) + 1) {
+    std::normal_distribution<double> normal(0.5, 1);
+    for (T& element : memory) assign(element, normal(generator));
+  }
+  T* data() { return memory.data() + 1; }
+  double operator[](int64_t i) const { return value_of(memory.at(static_cast<size_t>(i) + 1)); }
+};
+
+int64_t offset(const Shape& shape, int64_t n, int64_t c, int64_t s) {
+  return shape.layout == Layout::channels_first ? (n * shape.C + c) * shape.S + s : (n * shape.S + s) * shape.C + c;
+}
+
+void expect(const char* what, const Shape& shape, double got, double wanted, double size) {
+  const double tolerance = shape.dtype == Dtype::f64 ? 1e-12 : shape.dtype == Dtype::f32 ? 1e-5 : 1e-2;
+  if (std::abs(got - wanted) <= tolerance * (1 + size)) return;
+  std::printf("%s: %g instead of %g at N=%lld C=%lld S=%lld layout=%d dtype=%d\n", what, got, wanted,
+              static_cast<long long>(shape.N), static_cast<long long>(shape.C), static_cast<long long>(shape.S),
+              static_cast<int>(shape.layout), static_cast<int>(shape.dtype));
+  std::exit(1);
+}
+
+template <class T>
+void check_channel_scores(const Shape& shape, int threads) {
+  using A = cpu::Acc<T>;
+  const int64_t count = shape.N * shape.C * shape.S;
+  Buffer<T> a(count), g(count);
+  Buffer<A> s(shape.N * shape.C);
+  cpu::channel_scores({shape, a.data(), g.data(), s.data()}, threads);
+  for (int64_t n = 0; n < shape.N; ++n) {
+    for (int64_t c = 0; c < shape.C; ++c) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < shape.S; ++k) {
+        const int64_t i = offset(shape, n, c, k);
+        sum += a[i] * g[i];
+        size += std::abs(a[i] * g[i]);
+      }
+      const Shape exact{shape.N, shape.C, shape.S, shape.layout, shape.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32};
+      expect("s", exact, s[n * shape.C + c], sum, size);
+    }
+  }
+}
+
+template <class T>
+void check_batch_norm(const Shape& shape, int threads, bool training, bool relu, bool with_residual) {
+  using A = cpu::Acc<T>;
+  const int64_t N = shape.N, C = shape.C, S = shape.S, count = N * C * S;
+  const Activation activation = relu ? Activation::relu : Activation::none;
+  const double eps = 1e-5;
+  Buffer<T> x(count), residual(count), y(count), dy(count), dx(count), dresidual(count);
+  Buffer<A> weight(C), bias(C), mean(C), var(C), dweight(C), dbias(C), s(N * C);
+  for (int64_t c = 0; c < C; ++c) var.data()[c] = static_cast<A>(0.5 + std::abs(var[c]));
+
+  cpu::batch_norm_act({shape, x.data(), with_residual ? residual.data() : nullptr, weight.data(), bias.data(), y.data(),
+                       mean.data(), var.data(), eps, training, activation},
+                      threads);
+  cpu::batch_norm_act_backward({shape, dy.data(), x.data(), with_residual ? y.data() : nullptr, weight.data(), bias.data(),
+                                mean.data(), var.data(), dx.data(), with_residual ? dresidual.data() : nullptr,
+                                dweight.data(), dbias.data(), s.data(), eps, training, activation},
+                               threads);
+
+  const double M = static_cast<double>(N * S);
+  for (int64_t c = 0; c < C; ++c) {
+    if (training && M > 0) {
+      double sum = 0, square = 0;
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < S; ++k) sum += x[offset(shape, n, c, k)];
+      }
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < S; ++k) square += std::pow(x[offset(shape, n, c, k)] - sum / M, 2);
+      }
+      expect("mean", shape, mean[c], sum / M, 1);
+      expect("var", shape, var[c], square / M, square / M);
+    }
+    const double invstd = 1 / std::sqrt(var[c] + eps);
+    double A_c = 0, B_c = 0;
+    const auto dz_at = [&](int64_t i) { return relu && y[i] <= 0 ? 0 : dy[i]; };
+    for (int64_t n = 0; n < N; ++n) {
+      double A_nc = 0, B_nc = 0;
+      for (int64_t k = 0; k < S; ++k) {
+        const int64_t i = offset(shape, n, c, k);
+        double z = (x[i] - mean[c]) * invstd * weight[c] + bias[c] + (with_residual ? residual[i] : 0);
+        if (relu && z <= 0) z = 0;
+        expect("y", shape, y[i], z, std::abs(z) + std::abs(x[i]));
+        A_nc += (x[i] - mean[c]) * invstd * dz_at(i);
+        B_nc += dz_at(i);
+      }
+      expect("s", shape, s[n * C + c], weight[c] * A_nc + bias[c] * B_nc, static_cast<double>(S));
+      A_c += A_nc;
+      B_c += B_nc;
+    }
+    expect("dweight", shape, dweight[c], A_c, M);
+    expect("dbias", shape, dbias[c], B_c, M);
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t k = 0; k < S; ++k) {
+        const int64_t i = offset(shape, n, c, k);
+        const double share = training ? B_c / M + (x[i] - mean[c]) * invstd * A_c / M : 0;
+        const double wanted = weight[c] * invstd * (dz_at(i) - share);
+        expect("dx", shape, dx[i], wanted, 4 * std::abs(weight[c] * invstd));
+        if (with_residual) expect("dresidual", shape, dresidual[i], dz_at(i), 0);
+      }
+    }
+  }
+}
+
+template <class T>
+void check(const Shape& shape) {
+  const int threads = 3;
+  check_channel_scores<T>(shape, threads);
+  for (int flags = 0; flags < 8; ++flags) check_batch_norm<T>(shape, threads, flags & 1, flags & 2, flags & 4);
+}
+
+}  // namespace
+
+int main() {
+  const int64_t sizes[][3] = {
+      {1, 1, 1},   {2, 3, 5},   {1, 17, 9}, {3, 1, 16}, {5, 33, 1}, {2, 64, 64},   {4, 31, 39},  {1, 2, 9001}, {70, 5, 7},
+      {3, 100, 3}, {2, 15, 15}, {0, 3, 4},  {2, 0, 4},  {2, 3, 0},  {1, 500, 50}, {9, 16, 2}, {2, 4, 2049},  {65, 130, 1},
+  };
+  for (const auto& [N, C, S] : sizes) {
+    for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
+      check<float>({N, C, S, layout, Dtype::f32});
+      check<double>({N, C, S, layout, Dtype::f64});
+      check<cpu::bfloat16>({N, C, S, layout, Dtype::bf16});
+    }
+  }
+  std::puts("every shape is right");
+}

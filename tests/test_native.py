@@ -1,0 +1,395 @@
+"""The C++ kernels against the float64 reference, over dtypes, layouts, shapes and numbers of threads."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import LAYOUTS, SHAPES, distance, in_layout, normal
+
+from taylorkern.backends import native, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+SUMS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6}  # bf16 is summed in float32
+ELEMENTS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}  # half a unit of bf16 is 2^-9
+EPS = 1e-5
+
+MORE_SHAPES = [(1, 2, 300, 301), (70, 33, 5), (3, 257, 9, 9), (1, 1, 70001), (300, 40), (1, 65, 40, 3)]
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_there(poisoned):
+    assert native.supports("channel_scores", torch.ones(1, 1)), native.status().reason
+
+
+def batch_norm_inputs(shape, dtype, layout):
+    C = shape[1]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {
+        "x": normal(shape, 1, dtype, layout),
+        "dy": normal(shape, 2, dtype, layout),
+        "residual": normal(shape, 3, dtype, layout),
+        "weight": normal((C,), 4, acc),
+        "bias": normal((C,), 5, acc),
+        "mean": normal((C,), 6, acc),
+        "var": normal((C,), 7, acc).abs() + 0.5,
+    }
+    tensors["x"] += 0.5
+    return tensors
+
+
+def wide(t):
+    return t.double() if isinstance(t, torch.Tensor) else t
+
+
+def two_pass(x):
+    """Mean and biased variance in float64; torch.var_mean is 50 times further from the truth."""
+    x = x.double()
+    dims = [d for d in range(x.dim()) if d != 1]
+    pivot = x.mean(dims, keepdim=True)
+    return pivot.flatten() + (x - pivot).mean(dims), ((x - pivot) ** 2).mean(dims)
+
+
+def forward(backend, of, training, activation, residual, cast=lambda t: t):
+    arguments = (
+        of["x"],
+        of["residual"] if residual else None,
+        of["weight"],
+        of["bias"],
+        of["mean"],
+        of["var"],
+        training,
+        EPS,
+        activation,
+    )
+    return backend.batch_norm_act(*map(cast, arguments))
+
+
+def backward(backend, of, y, mean, var, training, activation, residual, cast=lambda t: t):
+    arguments = (
+        of["dy"],
+        of["x"],
+        y,
+        of["weight"],
+        of["bias"],
+        mean,
+        var,
+        training,
+        EPS,
+        activation,
+        residual,
+    )
+    return backend.batch_norm_act_backward(*map(cast, arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
+def test_channel_scores_agree_with_float64(shape, dtype, layout):
+    a, g = normal(shape, 1, dtype, layout), normal(shape, 2, dtype, layout)
+    s = native.channel_scores(a, g)
+    assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert s.is_contiguous()
+    # the honest measure of a sum is the size of its terms
+    size = reference.channel_scores(a.double().abs(), g.double().abs())
+    error = (s.double() - reference.channel_scores(a.double(), g.double())).abs()
+    assert bool((error <= SUMS[dtype] * size).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
+def test_batch_norm_agrees_with_float64(shape, dtype, layout):
+    of = batch_norm_inputs(shape, dtype, layout)
+    for training in (True, False):
+        for activation in ("none", "relu"):
+            for residual in (False, True):
+                y, mean, var = forward(native, of, training, activation, residual)
+                expected = forward(reference, of, training, activation, residual, cast=wide)
+                assert y.dtype == dtype
+                assert y.stride() == torch.empty_like(of["x"]).stride()
+                assert distance(y, expected[0]) < 2 * ELEMENTS[dtype]
+                exact = two_pass(of["x"]) if training else expected[1:]
+                assert distance(mean, exact[0]) < SUMS[dtype]
+                assert distance(var, exact[1]) < SUMS[dtype] or float(exact[1].max()) == float(var.max()) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
+def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
+    of = batch_norm_inputs(shape, dtype, layout)
+    # statistics of few values make 1 / std ill-conditioned, so both start from given ones
+    for training in (True, False):
+        for activation in ("none", "relu"):
+            for residual in (False, True):
+                mean, var = of["mean"], of["var"]
+                y, *_ = forward(native, of, False, activation, residual)
+                given = y if residual else None
+                got = backward(native, of, given, mean, var, training, activation, residual)
+                expected = backward(reference, of, y, mean, var, training, activation, residual, cast=wide)
+                dx, dresidual, dweight, dbias, s = got
+                assert dx.stride() == torch.empty_like(of["x"]).stride()
+                assert dx.dtype == dtype
+                assert distance(dx, expected[0]) < 4 * ELEMENTS[dtype]
+                assert torch.equal(dresidual.double(), expected[1])
+                for got_sum, expected_sum in zip((dweight, dbias, s), expected[2:], strict=True):
+                    assert distance(got_sum, expected_sum) < 20 * SUMS[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "offset", "bound"),
+    [
+        (torch.float32, 1e4, 1e-6),  # the sums over chunks are in double: nothing is lost
+        (
+            torch.float64,
+            1e8,
+            2e-8,
+        ),  # a chunk's mean is rounded to double: at most offset / std more than a unit is lost
+    ],
+)
+@pytest.mark.parametrize("shape", [(8, 5, 33, 31), (2, 40, 7, 7), (400, 19), (1, 3, 70001)])
+def test_statistics_survive_a_large_mean(shape, dtype, offset, bound, layout):
+    """Raw sums of squares would lose every digit here."""
+    x = (in_layout(normal(shape, 1, torch.float64), layout) + offset).to(dtype)
+    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    exact_mean, exact_var = two_pass(x.double() - offset)
+    assert distance(mean, exact_mean + offset) < torch.finfo(dtype).eps
+    assert distance(var, exact_var) < bound
+
+
+def test_statistics_of_a_constant_are_exact():
+    x = torch.full((3, 5, 7, 9), 0.1)
+    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    assert torch.equal(mean, torch.full((5,), 0.1))
+    assert bool((var >= 0).all())
+    assert float(var.max()) < 1e-15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 33, 13, 11), (1, 64, 56, 56), (130, 31, 3), (3, 500, 5, 5), (1, 1, 70001)])
+def test_bits_do_not_depend_on_threads_or_repetition(shape, layout):
+    def everything():
+        of = batch_norm_inputs(shape, torch.float32, layout)
+        y, mean, var = forward(native, of, True, "relu", True)
+        return [
+            native.channel_scores(of["x"], of["dy"]),
+            y,
+            mean,
+            var,
+            *backward(native, of, y, mean, var, True, "relu", True),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = everything()
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for got, expected in zip(everything(), first, strict=True):
+                assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputed_mask_is_the_forwards_own(dtype, layout):
+    """dz seen through dbias and dresidual: the mask from x equals the mask from y, bit for bit, also next to zero."""
+    shape = (4, 37, 23, 3)
+    of = batch_norm_inputs(shape, dtype, layout)
+    of["bias"].zero_()
+    of["x"] = (of["x"] * 4).round() / 4  # many values that are their channel's mean, or nearly
+    of["mean"] = (of["mean"] * 4).round() / 4
+    y, mean, var = forward(native, of, False, "relu", False)
+    from_x = backward(native, of, None, mean, var, True, "relu", True)
+    from_y = backward(native, of, y, mean, var, True, "relu", True)
+    assert 0.2 < float((y > 0).double().mean()) < 0.8
+    for a, b in zip(from_x, from_y, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_missing_affine_is_one_and_zero():
+    of = batch_norm_inputs((3, 7, 5, 5), torch.float32, "contiguous")
+    ones = of | {"weight": torch.ones(7), "bias": torch.zeros(7)}
+    none = of | {"weight": None, "bias": None}
+    y, mean, var = forward(native, ones, True, "relu", False)
+    for got, expected in zip(forward(native, none, True, "relu", False), (y, mean, var), strict=True):
+        assert torch.equal(got, expected)
+    with_ones = backward(native, ones, y, mean, var, True, "relu", False)
+    for got, expected in zip(backward(native, none, y, mean, var, True, "relu", False), with_ones, strict=True):
+        assert torch.equal(got, expected)
+
+
+VIEWS = {
+    "sliced channels": lambda t: t[:, ::2],
+    "sliced channels, channels last": lambda t: in_layout(t, "channels_last")[:, ::2],
+    "cropped": lambda t: t[..., 1:-1, 1:],
+    "cropped channels last": lambda t: in_layout(t, "channels_last")[..., 1:-1, 1:],
+    "expanded over space": lambda t: t[..., :1, :1].expand(t.shape),
+    "expanded over samples": lambda t: t[:1].expand(t.shape),
+    "space transposed": lambda t: t.transpose(2, 3),
+    "samples innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "offset by one": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_strides(view):
+    of = batch_norm_inputs((3, 18, 6, 5), torch.float64, "contiguous")
+    for name in ("x", "dy", "residual"):
+        of[name] = view(of[name])
+    C = of["x"].shape[1]
+    for name in ("weight", "bias", "mean", "var"):
+        of[name] = of[name].repeat_interleave(2)[::2][:C]
+    kept = {name: t.clone() for name, t in of.items()}
+    s = native.channel_scores(of["x"], of["dy"])
+    assert distance(s, reference.channel_scores(of["x"], of["dy"])) < 1e-13
+    y, mean, var = forward(native, of, True, "relu", True)
+    assert y.stride() == torch.empty_like(of["x"]).stride()
+    for got, expected in zip((y, mean, var), forward(reference, of, True, "relu", True), strict=True):
+        assert distance(got, expected) < 1e-13
+    got = backward(native, of, y, mean, var, True, "relu", True)
+    for a, b in zip(got, backward(reference, of, y, mean, var, True, "relu", True), strict=True):
+        assert distance(a, b) < 1e-12
+    for name, t in of.items():
+        assert torch.equal(t, kept[name]), f"{name} was written to"
+
+
+def test_layouts_may_differ_between_arguments():
+    of = batch_norm_inputs((3, 18, 6, 5), torch.float64, "channels_last")
+    mixed = of | {name: of[name].contiguous() for name in ("dy", "residual")}
+    y, mean, var = forward(native, mixed, True, "relu", True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, forward(native, of, True, "relu", True)[0])
+    got = backward(native, mixed, y.contiguous(), mean, var, True, "relu", True)
+    for a, b in zip(got, backward(native, of, y, mean, var, True, "relu", True), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(native.channel_scores(of["x"], mixed["dy"]), native.channel_scores(of["x"], of["dy"]))
+
+
+def test_tokens_last_are_channels_last():
+    """[N, T, C], transposed to [N, C, T], is served without a copy."""
+    tokens = normal((4, 19, 33), 1)
+    x = tokens.transpose(1, 2)
+    y, *_ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    assert y.transpose(1, 2).is_contiguous()
+    assert distance(native.channel_scores(x, y), (tokens * y.transpose(1, 2)).sum(1)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (3, 40, 0), (2, 0, 4), (0, 5)])
+def test_empty_tensors(shape, layout):
+    of = batch_norm_inputs(shape, torch.float32, layout)
+    assert torch.equal(native.channel_scores(of["x"], of["dy"]), torch.zeros(shape[:2]))
+    y, mean, var = forward(native, of, False, "relu", False)
+    assert y.shape == shape
+    assert torch.equal(mean, of["mean"])
+    dx, _, dweight, dbias, s = backward(native, of, None, mean, var, True, "relu", False)
+    assert dx.shape == shape
+    assert torch.equal(s, torch.zeros(shape[:2]))
+    assert torch.equal(dweight, torch.zeros(shape[1]))
+    assert torch.equal(dbias, torch.zeros(shape[1]))
+
+
+def test_nan_and_infinity_are_not_hidden():
+    x = normal((2, 3, 8, 8), 1)
+    x[1, 2, 3, 4] = torch.nan
+    y, mean, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "relu")
+    assert torch.equal(mean.isnan(), torch.tensor([False, False, True]))
+    assert bool(y[:, 2].isnan().all())
+    s = native.channel_scores(x, torch.ones_like(x))
+    assert int(s.isnan().sum()) == 1
+    x[1, 2, 3, 4] = torch.inf
+    assert native.channel_scores(x, torch.ones_like(x))[1, 2] == torch.inf
+
+
+def test_bfloat16_rounds_to_nearest_even_like_torch():
+    """Through y = x·1 + 0: every bit pattern between two bf16 neighbours, infinities, subnormals and NaN."""
+    values = torch.cat(
+        [
+            torch.arange(0x3F800000, 0x3F830000, 0x0321, dtype=torch.int32).view(torch.float32),
+            torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 1, 0x7F800000], dtype=torch.int32).view(torch.float32),
+            torch.tensor([torch.nan, -0.0, 3.4e38]),
+        ]
+    )
+    bias = values.repeat(1, 1).flatten()
+    x = torch.zeros(1, len(bias), 2, 2, dtype=torch.bfloat16)
+    zero, one = torch.zeros(len(bias)), torch.ones(len(bias))
+    y, *_ = native.batch_norm_act(x, None, one, bias, zero, one, False, 0.0, "none")
+    expected = bias.to(torch.bfloat16)
+    assert torch.equal(y[0, :, 1, 1].isnan(), expected.isnan())
+    assert torch.equal(y[0, :, 1, 1].nan_to_num(), expected.nan_to_num())
+
+
+def test_inputs_are_checked_before_they_become_addresses():
+    x, C = normal((2, 3, 4, 4), 1), torch.ones(3)
+    with pytest.raises(ValueError, match=r"g has shape \(2, 3, 4\)"):
+        native._Frame(x).dense("g", normal((2, 3, 4), 1))
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\)"):
+        native.batch_norm_act(x, None, torch.ones(4), C, C, C, False, EPS, "none")
+    with pytest.raises(ValueError, match="residual has shape"):
+        native.batch_norm_act(x, x[:1], C, C, C, C, False, EPS, "none")
+    with pytest.raises(ValueError, match="running_mean"):
+        native.batch_norm_act(x, None, C, C, None, C, False, EPS, "none")
+    with pytest.raises(ValueError, match="mean has shape"):
+        native.batch_norm_act_backward(x, x, None, C, C, torch.ones(1), C, True, EPS, "none", False)
+
+
+def test_bindings_refuse_nonsense():
+    module = native._kernels()
+    with pytest.raises(ValueError, match="null pointer for a"):
+        module.channel_scores(0, 0, 0, 1, 1, 1, 0, 0, 1)
+    with pytest.raises(ValueError, match="negative"):
+        module.channel_scores(0, 0, 0, -1, 1, 1, 0, 0, 1)
+    with pytest.raises(ValueError, match="overflow"):
+        module.channel_scores(8, 8, 8, 1 << 40, 1 << 40, 1, 0, 0, 1)
+    with pytest.raises(ValueError, match="dtype"):
+        module.channel_scores(0, 0, 0, 0, 1, 1, 0, 9, 1)
+    with pytest.raises(ValueError, match="layout"):
+        module.channel_scores(0, 0, 0, 0, 1, 1, 2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "served"),
+    [
+        (torch.ones(2, 3), True),
+        (torch.ones(2, 3, dtype=torch.bfloat16), True),
+        (torch.ones(2, 3, dtype=torch.float16), False),
+        (torch.ones(2, 3, device="meta"), False),
+        (torch.ones(3), False),
+    ],
+)
+def test_support_table(tensor, served):
+    assert native.supports("channel_scores", tensor) is served
+    assert native.supports("no such operation", tensor) is False
+
+
+def test_kernels_use_torchs_own_thread_pool():
+    module = native._kernels()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert module.max_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert module.max_threads() == before
+
+
+def test_other_python_threads_run_while_a_kernel_does():
+    a = torch.ones(4, 64, 64, 64)
+    results = []
+    workers = [threading.Thread(target=lambda: results.append(native.channel_scores(a, a))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(s, torch.full((4, 64), 4096.0)) for s in results)
+    assert len(results) == 4
+
+
+def test_importing_compiles_and_loads_nothing():
+    program = "import taylorkern.backends.native as n; assert n._outcome is None; n.status(); assert n._outcome is None"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
