@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a shorter training, under a minute")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (default 0)")
     add("doctor", _doctor, "say which backend serves each operation, and why")
-    add("build", _build, "compile the kernels now, ahead of their first use")
+    build = add("build", _build, "compile the kernels now, ahead of their first use")
+    build.add_argument("--out", type=Path, metavar="DIR", help="compile into DIR instead of the cache")
     return parser
 
 
@@ -83,7 +84,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _build(options: argparse.Namespace) -> None:
     from taylorkern.backends.build import build_ahead
 
-    path = build_ahead()
+    path = build_ahead(options.out)
     _answer(options.json, {"library": str(path)}, lambda result: f"kernels are ready in {result['library']}")
 
 

@@ -1,6 +1,6 @@
 """Example inputs: how a model is run on them, and what comes out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(vars(value))
 
 
-def converted(value: Any, change: Any) -> Any:
+def converted(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with ``change`` applied to every tensor in its tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
@@ -46,6 +46,11 @@ def converted(value: Any, change: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(converted(item, change) for item in value)
     return value
+
+
+def copied(example_inputs: Any) -> Any:
+    """The same example in tensors of its own, for a model that overwrites its inputs."""
+    return converted(example_inputs, Tensor.clone)
 
 
 def repeated(example_inputs: Any) -> Any:

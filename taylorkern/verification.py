@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .coupling import Coupling
 from .coupling.tracer import channel_dim
-from .example import in_float64, repeated, run, tensors
+from .example import copied, in_float64, repeated, run, tensors
 from .fit import changes
 from .layers import gateable
 from .state import named_tensors, untouched
@@ -52,7 +52,7 @@ class _Run:
     steps: list[_Step] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)  # since the last step
     outputs: list[Tensor] = field(default_factory=list)
-    dtypes: set[torch.dtype] = field(default_factory=set)
+    dtypes: set[torch.dtype] = field(default_factory=set)  # of what goes in, and narrower ones that occur on the way
     module: str = ""
     pending: str = ""  # the operation that has begun and not ended
 
@@ -98,7 +98,7 @@ def _as_they_are(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
-    seen = _Run()
+    seen = _Run(dtypes=_floating((values, inputs)))
     with _substituted(model, values):
         _watch(model, inputs, seen)
     return seen
@@ -150,14 +150,14 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
     try:
         with untouched(model), torch.no_grad(), _Operations(seen):
             model.eval()
-            seen.outputs = [t.clone() for t in tensors(run(model, inputs))]
+            seen.outputs = [t.clone() for t in tensors(run(model, copied(inputs)))]
     finally:
         for hook in hooks:
             hook.remove()
 
 
 class _Operations(TorchDispatchMode):
-    """Notes the operations and the floating-point types they compute in."""
+    """Notes the operations, and the floating-point types that they narrow to."""
 
     def __init__(self, seen: _Run) -> None:
         super().__init__()
@@ -168,12 +168,22 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.seen.operations.append(f"{func} in {self.seen.module or 'the model'}")
         self.seen.pending = ""
-        self.seen.dtypes |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()}
+        self.seen.dtypes |= _narrowed((args, kwargs), result)
         return result
 
 
+def _narrowed(arguments: Any, result: Any) -> set[torch.dtype]:
+    finest = min((torch.finfo(dtype).eps for dtype in _floating(arguments)), default=torch.inf)
+    return {dtype for dtype in _floating(result) if torch.finfo(dtype).eps > finest}
+
+
+def _floating(value: Any) -> set[torch.dtype]:
+    return {t.dtype for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()}
+
+
 def _digest(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    rows = output.movedim(channel_dim(module, output), 0).flatten(1).double()  # [C, positions]
+    rows = output.movedim(channel_dim(module, output), 0).double()
+    rows = rows.reshape(len(rows), -1)  # [C, positions]
     return rows @ torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device).cos(), rows.abs().sum(1)
 
 
@@ -223,16 +233,13 @@ class _Lost:
         )
 
     def failed(self, seen: _Run, error: Exception) -> SurgeryError:
-        unit = self._unit(seen.steps[-1].layer if seen.steps else "")
-        where = f"in module {seen.module!r}" if seen.module else "in the model's own code"
-        what = (
-            f"{seen.pending} {where}"
-            if seen.pending
-            else f"the code {where}, after {(seen.operations or ['its start'])[-1]},"
-        )
+        last = seen.steps[-1].layer if seen.steps else ""
+        unit = self._unit(last)
+        what = f"{seen.pending or 'the code'} in {f'module {seen.module!r}' if seen.module else 'the model itself'}"
         return SurgeryError(
-            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, {what} fails: {error}. "
-            "A width may be a fixed number there; take it from the tensor's shape instead",
+            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, {what} fails: {error}; "
+            f"operations since {last or 'the inputs'}: {', '.join(seen.operations) or 'none'}. If a width is a fixed "
+            "number there, take it from the tensor's shape instead",
             seen.pending,
             seen.module,
             unit,
@@ -257,7 +264,7 @@ def _run_in_training(model: nn.Module, inputs: Any, lost: _Lost) -> None:
         try:
             with untouched(model), torch.no_grad(), _Operations(seen):
                 model.train()
-                run(model, example)
+                run(model, copied(example))
             return
         except Exception as error:
             errors.append((seen, error))

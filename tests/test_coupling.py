@@ -123,12 +123,15 @@ def test_equal_parts_are_tied(halves):
     assert places(coupling) == [(("conv", c), ("conv", c + 3)) for c in range(3)]
 
 
-def test_strided_slices_tie_neighbours():
+@pytest.mark.parametrize(
+    "pairs", [lambda x: (x[:, ::2], x[:, 1::2]), lambda x: x.view(1, -1, 2, 8, 8).unbind(2)], ids=["slices", "view"]
+)
+def test_strided_parts_tie_neighbours(pairs):
     def apply(net, x):
-        x = net.conv(x)
-        return net.head(x[:, ::2] + x[:, 1::2])
+        even, odd = pairs(net.conv(x))
+        return net.head(torch.cat([odd, even], 1))
 
-    coupling = couple(Net(apply, conv=conv(3, 6), head=conv(3, 2)), IMAGE)
+    coupling = couple(Net(apply, conv=conv(3, 6), head=conv(6, 2)), IMAGE)
     assert places(coupling) == [(("conv", 2 * c), ("conv", 2 * c + 1)) for c in range(3)]
 
 
@@ -326,6 +329,16 @@ def test_partly_unlabelled_channels_freeze_only_those():
     coupling = couple(Net(apply, a=conv(3, 2), b=conv(3, 4), head=conv(4, 2)), IMAGE)
     assert places(coupling) == [(("a", c), ("b", c)) for c in range(2)]
     assert axis(coupling, "b.weight", 0) == [0, 1, -1, -1]
+
+
+def test_what_is_added_through_a_view_keeps_its_gate():
+    def apply(net, x):
+        y = net.a(x)
+        y[:, :, 2:] += net.b(x)[:, :, 2:]
+        return net.head(y)
+
+    coupling = couple(Net(apply, a=conv(3, 4), b=conv(3, 4), head=conv(4, 2)), IMAGE)
+    assert places(coupling) == [(("a", c), ("b", c)) for c in range(4)]
 
 
 def test_writing_into_an_unlabelled_tensor_freezes():

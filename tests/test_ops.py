@@ -74,7 +74,7 @@ def test_batch_norm_act_is_the_gated_definition(shape, layout, training, activat
         elif float(want.detach().norm()) > 1e-3:
             assert distance(got, want) < 1e-5, name
         else:  # a gradient that vanishes analytically, as dx of two values per channel does
-            assert float((got.double() - want).norm()) < 1e-5, name
+            assert float((got.double() - want).detach().norm()) < 1e-5, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
