@@ -76,9 +76,7 @@ def scores(summary: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     for row, values in enumerate(layers.values()):
         clipped = np.maximum(values, floor)
-        axes.scatter(
-            clipped, row + rng.uniform(-0.28, 0.28, len(clipped)), s=7, alpha=0.45, color=PRUNED, linewidths=0
-        )
+        axes.scatter(clipped, row + rng.uniform(-0.28, 0.28, len(clipped)), s=7, alpha=0.45, color=PRUNED, linewidths=0)
         low, middle, high = np.quantile(clipped, (0.25, 0.5, 0.75))
         axes.plot((low, high), (row, row), color=INK, lw=3, solid_capstyle="round", alpha=0.75)
         axes.plot(middle, row, "o", ms=6, color="white", mec=INK)

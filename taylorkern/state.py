@@ -31,3 +31,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
+
+
+def replace_data(tensor: Tensor, data: Tensor, gradient: Tensor | None = None) -> None:
+    """Give a parameter or buffer other data and another gradient, of any shape, without changing its identity."""
+    if tensor.is_leaf:
+        tensor.grad = None
+    # A living graph keeps the accumulator of the old shape, which torch replaces only where the dtype changes.
+    passing = torch.float32 if data.dtype == torch.float16 else torch.float16
+    tensor.data = torch.empty(0, dtype=passing, device=data.device)
+    tensor.data = data
+    if gradient is not None:
+        tensor.grad = gradient

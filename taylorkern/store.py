@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._version import __version__
 from .layers import Gated
+from .state import replace_data
 from .surgery import fit_attributes
 
 FORMAT = 1
@@ -76,9 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, target)
     except OSError as error:
-        raise StoreError(
-            f"can't write {target}: {error}; give a path in a writable folder with room"
-        ) from error
+        raise StoreError(f"can't write {target}: {error}; give a path in a writable folder with room") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -100,9 +99,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     replacements = {name: fitted[first] for name, first in _tied(own).items()}
     for name, module in model.named_modules():
         direct = (*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False))
-        shapes = {
-            full.rpartition(".")[2]: (tensor.shape, replacements[full].shape) for full, tensor in direct
-        }
+        shapes = {full.rpartition(".")[2]: (tensor.shape, replacements[full].shape) for full, tensor in direct}
         _check_layer(Path(path), name, module, shapes)
     _swap(model, own, replacements)
     return model
@@ -113,13 +110,11 @@ def _swap(model: nn.Module, own: dict[str, Tensor], replacements: dict[str, Tens
     before = {name: (tensor.data, tensor.grad) for name, tensor in own.items()}
     try:
         for name, tensor in own.items():
-            tensor.grad = None
-            tensor.data = replacements[name]
+            replace_data(tensor, replacements[name])
         fit_attributes(model)
     except BaseException:
         for name, (data, grad) in before.items():
-            own[name].data = data
-            own[name].grad = grad
+            replace_data(own[name], data, grad)
         fit_attributes(model)
         raise
 
@@ -174,18 +169,14 @@ def _read(path: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
         _check_names(path, set(described) | set(plan["tied"]), set(own))
         _check_ties(path, plan["tied"], {name: first for name, first in _tied(own).items() if name != first})
         if set(file.keys()) != set(described):
-            raise StoreError(
-                f"{path} does not hold the tensors of its own plan: it was altered; save it again"
-            )
+            raise StoreError(f"{path} does not hold the tensors of its own plan: it was altered; save it again")
         for name, entry in described.items():
             _check_fit(path, name, entry, own[name])
         saved = {}
         for name, entry in described.items():
             saved[name] = file.get_tensor(name).clone()
             if _describe(saved[name]) != entry:
-                raise StoreError(
-                    f"{path}: tensor {name} is not what was saved (checksum); get the file again"
-                )
+                raise StoreError(f"{path}: tensor {name} is not what was saved (checksum); get the file again")
     return saved
 
 
@@ -201,9 +192,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise StoreError(f"can't read {path}: {error}; check the path and its permissions") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"{path} holds a plan of another form ({error!r}); save it again with taylorkern"
-        ) from error
+        raise StoreError(f"{path} holds a plan of another form ({error!r}); save it again with taylorkern") from error
 
 
 def _plan(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -229,9 +218,7 @@ def _check_names(path: Path, saved: set[str], own: set[str]) -> None:
         return
     differences = {"the model lacks": sorted(saved - own), "the file lacks": sorted(own - saved)}
     told = "; ".join(f"{what} {_listing(names)}" for what, names in differences.items() if names)
-    raise StoreError(
-        f"{path} holds another network: {told}; build the model as it was built before it was pruned"
-    )
+    raise StoreError(f"{path} holds another network: {told}; build the model as it was built before it was pruned")
 
 
 def _check_ties(path: Path, saved: dict[str, str], own: dict[str, str]) -> None:
@@ -275,9 +262,7 @@ def _check_layer(path: Path, name: str, module: nn.Module, shapes: dict[str, tup
     """
     own, saved = ({key: pair[i] for key, pair in shapes.items()} for i in (0, 1))
     extents = isinstance(module, _ConvNd) and "weight" in own and own["weight"][2:] != saved["weight"][2:]
-    vectors = (
-        isinstance(module, _BatchNorm) and len({shape for shape in saved.values() if len(shape) == 1}) > 1
-    )
+    vectors = isinstance(module, _BatchNorm) and len({shape for shape in saved.values() if len(shape) == 1}) > 1
     if extents or vectors:
         told = ", ".join(f"{key} {list(shape)}" for key, shape in saved.items())
         raise StoreError(f"{path}: no cut leaves {name} ({type(module).__name__}) with {told}; save it again")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .coupling import Coupling
 from .fit import changes, fit_attributes
-from .state import named_tensors
+from .state import named_tensors, replace_data
 from .verification import SurgeryError, check
 
 __all__ = ["SurgeryError", "cut", "fit_attributes"]
@@ -113,21 +113,7 @@ class _Edit:
 def _tensor_edits(tensor: Tensor, new: Tensor, keep: Keep) -> list[_Edit]:
     old, grad = tensor.data, tensor.grad if tensor.is_leaf else None
     new_grad = None if grad is None else _sliced(grad, keep)
-
-    def assign(data: Tensor, gradient: Tensor | None) -> None:
-        if tensor.is_leaf:
-            tensor.grad = None
-        # A living graph keeps the accumulator of the old shape, which torch replaces only where the dtype changes.
-        tensor.data = torch.empty(0, dtype=_another_dtype(data.dtype), device=data.device)
-        tensor.data = data
-        if gradient is not None:
-            tensor.grad = gradient
-
-    return [_Edit(lambda: assign(new, new_grad), lambda: assign(old, grad))]
-
-
-def _another_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else torch.float16
+    return [_Edit(lambda: replace_data(tensor, new, new_grad), lambda: replace_data(tensor, old, grad))]
 
 
 def _state_edits(optimizer: torch.optim.Optimizer, keeps: dict[Tensor, Keep], names: dict[Tensor, str]) -> list[_Edit]:
