@@ -61,7 +61,7 @@ def tell(facts: Mapping[str, Any]) -> str:
             f"compiler   {compiler['version'] or compiler['missing']}",
             f"cache      {cache['folder']} ({cache['builds']} builds, {cache['state']})",
             "",
-            *told,
+            *(line.rstrip() for line in told),
             "",
             *reasons,
         ]

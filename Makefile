@@ -1,0 +1,60 @@
+# `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
+# make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
+# PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the command.
+.PHONY: help install demo test lint zoo nvcc-check wheel-check clean
+.DELETE_ON_ERROR:
+
+SHELL := /bin/bash
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+OUT ?= demo-out
+ARGS ?=
+
+# GNU OpenMP's threads spin for a moment and then sleep while they wait. By default they spin for long, which costs
+# nothing on idle cores and many times the work itself on shared ones.
+GOMP_SPINCOUNT ?= 10000
+export GOMP_SPINCOUNT
+
+help:
+	@echo "make demo | test | lint | zoo | nvcc-check | wheel-check | clean"
+
+install: $(STAMP)
+
+# Candidates are run, not only looked up: a version manager's shim exists even where its Python does not.
+# --no-build-isolation: setuptools is the pinned one, and a later run needs no network.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
+	    "$$python" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	      >/dev/null 2>&1 && exec "$$python" -m venv --clear $(VENV); \
+	  done; \
+	  echo "make: found no Python 3.11, 3.12 or 3.13 with the venv module: install one" \
+	    "(python3.11 and python3.11-venv on Debian), or name it with PYTHON=/path/to/python" >&2; exit 1; }
+	$(RUN) -m pip install --quiet -c constraints.txt setuptools
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN) -m taylorkern demo --out "$(OUT)" $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+zoo: $(STAMP)
+	$(RUN) bench/zoo.py $(ARGS)
+
+nvcc-check:
+	bash csrc/nvcc_check.sh
+
+wheel-check: $(STAMP)
+	bash .ci/wheel-check $(RUN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-out
+	find . -name __pycache__ -prune -exec rm -rf {} +
