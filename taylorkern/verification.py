@@ -189,6 +189,7 @@ def _digest(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
 
 def _compare(dense: _Run, thin: _Run, lost: "_Lost") -> None:
     tolerance = max((_TOLERANCE.get(dtype, 1e-1) for dtype in dense.dtypes), default=0.0)
+    _check_finite(dense)
     before = "the inputs"
     for a, b in zip(dense.steps, thin.steps, strict=False):
         if not _agree(a, b, lost.stays(a.layer), tolerance):
@@ -199,6 +200,18 @@ def _compare(dense: _Run, thin: _Run, lost: "_Lost") -> None:
     for i, (x, y) in enumerate(zip(dense.outputs, thin.outputs, strict=True)):
         if x.shape != y.shape or not _close(x, y, x.abs().max() if x.numel() else x.sum(), tolerance):
             raise lost.differs(f"output {i}", before, thin.operations)
+
+
+def _check_finite(dense: _Run) -> None:
+    """Networks whose numbers have overflowed can't be compared: say so instead of blaming the cut."""
+    lost = [step.layer for step in dense.steps if not step.scale.isfinite().all()]
+    if lost or not all(output.isfinite().all() for output in dense.outputs):
+        where = lost[0] if lost else "the outputs"
+        raise SurgeryError(
+            f"refused: before any cut the network computes non-finite numbers at {where} on the example inputs, so "
+            "nothing can be compared; have its weights diverged, or are the example inputs not finite?",
+            module=where,
+        )
 
 
 def _agree(a: _Step, b: _Step, stays: Tensor | None, tolerance: float) -> bool:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from networks import plain, residual
 from torch.utils.flop_counter import FlopCounterMode
 
 import taylorkern as tk
 from taylorkern import budget
 from taylorkern.surgery import cut
+from tests.networks import plain, residual
 
 X = torch.ones(1, 2, 8, 8)
 

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from cases import LAYOUTS, distance, in_layout, normal
 from torch import nn
 
 import taylorkern as tk
+from tests.cases import LAYOUTS, distance, in_layout, normal
 
 # A layer's constructor and an input shape it takes; odd sizes, N=1, C=1, HW=1, grouped, strided, unpadded, 1d to 3d.
 LAYERS = {

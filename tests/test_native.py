@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 from taylorkern.backends import native, reference
+from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SUMS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6}  # bf16 is summed in float32

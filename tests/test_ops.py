@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import LAYOUTS, SHAPES, distance, in_layout, normal
 from torch.library import opcheck
 
 from taylorkern import ops
 from taylorkern.autograd import BatchNormAct, ChannelGate
+from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 FORMS = list(itertools.product([True, False], ["none", "relu"], [False, True]))  # training, activation, residual
 

@@ -5,12 +5,12 @@ import io
 
 import pytest
 import torch
-from cases import distance
-from networks import plain, residual
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import taylorkern as tk
+from tests.cases import distance
+from tests.networks import plain, residual
 
 X = torch.ones(2, 2, 8, 8)
 

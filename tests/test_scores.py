@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from cases import distance
-from networks import gate_gradients, plain, residual
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import taylorkern as tk
 from taylorkern.criteria import CRITERIA
+from tests.cases import distance
+from tests.networks import gate_gradients, plain, residual
 
 
 def batch(seed, n=8, dtype=torch.float32):

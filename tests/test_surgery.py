@@ -535,3 +535,12 @@ def test_without_verification_the_network_is_the_same():
     cut(a, couple(a, IMAGE), [0, 7, 9], IMAGE)
     cut(b, couple(b, IMAGE), [0, 7, 9], IMAGE, verify=False)
     assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_network_of_non_finite_numbers_is_refused_for_that():
+    model = residual()
+    model[4].conv1.weight.data.fill_(torch.inf)
+    before = snapshot(model)
+    with pytest.raises(SurgeryError, match="non-finite numbers at 4.conv1") as refused:
+        cut(model, couple(model, IMAGE), [0], IMAGE)
+    assert refused.value.module == "4.conv1" and same(before, snapshot(model))

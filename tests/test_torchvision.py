@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import distance, normal
 from torch import nn
 
 import taylorkern as tk
+from tests.cases import distance, normal
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
