@@ -541,6 +541,6 @@ def test_a_network_of_non_finite_numbers_is_refused_for_that():
     model = residual()
     model[4].conv1.weight.data.fill_(torch.inf)
     before = snapshot(model)
-    with pytest.raises(SurgeryError, match="non-finite numbers at 4.conv1") as refused:
+    with pytest.raises(SurgeryError, match=r"non-finite numbers at 4\.conv1") as refused:
         cut(model, couple(model, IMAGE), [0], IMAGE)
     assert refused.value.module == "4.conv1" and same(before, snapshot(model))
