@@ -22,7 +22,9 @@ class ChannelGate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(a: Tensor, z: Tensor, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        a: Tensor, z: Tensor, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor] | None
+    ) -> Tensor:
         # Not tracked as a view: autograd forbids in-place operations on views made inside a Function.
         return torch.ops.aten._unsafe_view.default(a, a.shape)
 
@@ -39,7 +41,7 @@ class ChannelGate(torch.autograd.Function):
             try:
                 (a,) = ctx.saved_tensors
             except RuntimeError as error:
-                if not _overwritten(error):
+                if ctx.recompute is None or not _overwritten(error):
                     raise
                 a = ctx.recompute()
             s = ops.channel_scores(ctx.view(a), ctx.view(dy.to(a.dtype)))

@@ -69,7 +69,7 @@ def removable(importance: Tensor, coupling: Coupling, min_channels: int) -> Tens
     order = torch.argsort(importance, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
-    stays = importance.isinf()
+    stays = importance.isposinf()
     for vector in _distinct([*coupling.axes.values(), *coupling.layers.values()]):
         missing = min(min_channels, len(vector)) - int((vector < 0).sum())
         if missing > 0:

@@ -1,6 +1,7 @@
 """Example inputs: how a model is run on them, and what comes out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -39,8 +40,11 @@ def converted(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with ``change`` applied to every tensor in its tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):
-        return {key: converted(item, change) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)  # of the same class: some are read by attribute
+        for key, item in value.items():
+            changed[key] = converted(item, change)
+        return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(converted(item, change) for item in value))
     if isinstance(value, (tuple, list)):

@@ -36,15 +36,16 @@ class Gate:
         return self._owner()
 
     def wanted(self) -> bool:
-        """Whether a forward now should take the gate."""
-        return torch.is_grad_enabled() and self._owner() is not None
+        """Whether a forward now should take the gate; every forward asks, so that a new minibatch is noticed."""
+        owner = self._owner()
+        if owner is None:
+            return False
+        if any(z.grad is not None for z in self._leaves.values()) and not _inside_backward():
+            owner.fold()
+        return torch.is_grad_enabled()
 
     def leaf(self, samples: int, channels: int, like: Tensor) -> Tensor:
         """z [samples, channels] of ones on ``like``'s device, in the accumulator's dtype."""
-        if any(z.grad is not None for z in self._leaves.values()) and not _inside_backward():
-            owner = self._owner()
-            assert owner is not None  # wanted() was asked first
-            owner.fold()
         key = (samples, channels, accumulator(like.dtype), like.device)
         if key not in self._leaves:
             one = torch.ones((), dtype=key[2], device=like.device)

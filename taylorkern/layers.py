@@ -35,7 +35,9 @@ class _Affine(Gated):
         view = partial(_as_ncs, batched=self._batched(a), channel_dim=self.channel_dim)
         samples, channels = view(a).shape[:2]
         z = self.gate.leaf(samples, channels, a)
-        return ChannelGate.apply(a, z, view, _Recompute(self, parent, args, kwargs, a.dtype))
+        # Compiled code keeps the output that it overwrites.
+        recompute = None if torch.compiler.is_compiling() else _Recompute(self, args, kwargs, a.dtype)
+        return ChannelGate.apply(a, z, view, recompute)
 
     def _batched(self, a: Tensor) -> bool:
         raise NotImplementedError
@@ -186,27 +188,32 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 class _Recompute:
-    """A layer's output once more, for a backward that finds it overwritten; refuses where its inputs changed too."""
+    """A layer's output once more, for a backward that finds it overwritten; refuses where its inputs changed too.
 
-    def __init__(
-        self, layer: nn.Module, forward: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any], dtype: torch.dtype
-    ) -> None:
-        self.layer, self.forward, self.dtype = type(layer).__name__, forward, dtype
+    The weights are the ones that this forward ran with, whoever put them there: a swap of the parameters' data, a
+    functional call or a weight normalisation may have given the layer others by then.
+    """
+
+    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
         self.args, self.kwargs = _detached(args), dict(zip(kwargs, _detached(kwargs.values()), strict=True))
-        given = [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
-        self.device = given[0].device.type
-        self.read = [*given, *_detached(layer.parameters(recurse=False))]
+        weights = dict(zip(("weight", "bias"), _detached((layer.weight, layer.bias)), strict=True))
+        self.layer = object.__new__(type(layer))
+        vars(self.layer).update(vars(layer), **weights, _parameters={}, gate=None)
+        self.dtype, self.device = dtype, weights["weight"].device.type
+        read = (*self.args, *self.kwargs.values(), *weights.values(), *_detached(layer.parameters()))
+        self.read = [t for t in read if isinstance(t, Tensor)]
         self.versions = [t._version for t in self.read]
 
     def __call__(self) -> Tensor:
         if [t._version for t in self.read] != self.versions:
             raise InplaceError(
-                f"the output of a scored {self.layer} was overwritten in place before backward, and so was its input "
-                "or weight, so its score can't be computed; use the out-of-place form of that operation"
+                f"the output of a scored {type(self.layer).__name__} was overwritten in place before backward, and so "
+                "was its input or weight, so its score can't be computed; use the out-of-place form of that operation"
             )
         narrow = self.dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad(), torch.autocast(self.device, dtype=self.dtype if narrow else None, enabled=narrow):
-            return self.forward(*self.args, **self.kwargs)
+            output: Tensor = self.layer.forward(*self.args, **self.kwargs)
+            return output
 
 
 def _detached(values: Iterable[Any]) -> list[Any]:

@@ -58,8 +58,8 @@ class Pruner:
         _check_target(target)
         known_criterion(criterion)
         for name, value in (("every", every), ("step", step), ("min_channels", min_channels)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be a whole number of at least 1")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must be in [0, 1)")
         if example_inputs is None:
@@ -130,6 +130,7 @@ class Pruner:
         """
         if state.get("fingerprint") != self._dense.fingerprint:
             raise ValueError("this pruner state belongs to another model or other example inputs")
+        self.scores.check_statistics(state["scores"])
         here, kept = self.scores.coupling.dense, state["kept"]
         gone = torch.tensor([i for i, dense in enumerate(here.tolist()) if dense not in set(kept.tolist())])
         if not set(kept.tolist()) <= set(here.tolist()):
@@ -165,7 +166,9 @@ def prune(
     """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
 
     ``importance`` [U] has one number per unit, in the order of ``Scores(model, example_inputs).units``; ``of`` is
-    "flops", "params" or "channels". A ``Scores`` attached to the model follows the cut.
+    "flops", "params" or "channels". A ``Scores`` attached to the model follows the cut. What the cut network computes
+    is compared with the masked dense one on the example inputs in evaluation mode, in float64 where the model runs in
+    it; code that takes another branch for other inputs, or other numbers in training, is not seen.
 
     Raises ValueError for a target outside (0, 1] or out of reach, importances of the wrong length or NaN; and
     SurgeryError, with everything as it was, where the cut can't be verified.
@@ -178,9 +181,9 @@ def prune(
     _check_target(target)
     coupling = couple(model, example_inputs)
     units = len(coupling.units)
+    importance = torch.as_tensor(importance).detach().double().cpu()
     if importance.shape != (units,):
         raise ValueError(f"importance has shape {tuple(importance.shape)}, but this model has {units} units")
-    importance = importance.detach().double().cpu()
     if importance.isnan().any():
         raise ValueError(f"importance of unit {int(importance.isnan().nonzero()[0])} is NaN")
     dense = _Dense(model, coupling, of)

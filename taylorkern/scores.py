@@ -36,12 +36,13 @@ class Scores:
     From then on every backward adds to the statistics: per minibatch, the s[n, c] of a unit's channels are summed
     before any square. A minibatch is a forward with all the backwards that follow it until the next forward; the
     loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
+    A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
 
     ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight``, which costs a pass over
     the weights' gradients and so is not collected by default.
 
-    Raises ValueError where the model is not converted, fails on the example, returns nothing differentiable, or has
-    no unit that can be scored.
+    Raises ValueError where the model is not converted or only in part, fails on the example, returns nothing
+    differentiable, or has no unit that can be scored.
 
     >>> from taylorkern import convert
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
@@ -109,7 +110,7 @@ class Scores:
 
     def reset(self) -> None:
         """Forget every minibatch so far."""
-        self._take()
+        self._discard()
         units = len(self.coupling.units)
         self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
         self._count = torch.zeros((), dtype=torch.int64)
@@ -144,14 +145,18 @@ class Scores:
                 "these scores belong to another model, or to this one before or after a cut: "
                 f"fingerprint {state.get('fingerprint')!r}, here {self.coupling.fingerprint!r}"
             )
-        missing = set(self._names) - set(state["sums"])
-        if missing:
-            raise ValueError(f"these scores lack the statistics {sorted(missing)}; pass the same criteria= as then")
-        self._take()
+        self.check_statistics(state)
+        self._discard()
         self._sums = {name: state["sums"][name].clone() for name in self._names}
         self._count = torch.tensor(state["minibatches"])
         self._dropped = torch.tensor(state["dropped"])
         self._silent = set(state["silent"])
+
+    def check_statistics(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the :meth:`state_dict` ``state`` holds every statistic collected here."""
+        missing = set(self._names) - set(state["sums"])
+        if missing:
+            raise ValueError(f"these scores lack the statistics {sorted(missing)}; pass the same criteria= as then")
 
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
@@ -171,6 +176,11 @@ class Scores:
             self._sums[name] = self._sums[name].to(device) + torch.where(finite, value, 0.0)
         self._count = self._count.to(device) + finite
         self._dropped = self._dropped.to(device) + ~finite
+
+    def _discard(self) -> None:
+        self._take()
+        if self._weight_squares:
+            self._weight_squares.clear()
 
     def _take(self) -> dict[str, list[Tensor]]:
         arrived = {layer: gate.drain() for layer, gate in self._gates.items()}
@@ -216,6 +226,11 @@ class Scores:
             raise RuntimeError(
                 f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
             )
+        if count == 0 and not self._attached():
+            raise RuntimeError(
+                "no score yet, and none will come: the layers carry these gates no more, for the model was reverted, "
+                "another Scores took over, or detach() was called; make a new Scores"
+            )
         if count == 0:
             raise RuntimeError(
                 "no score yet: no backward has reached a gate; run the model with gradients on, then loss.backward()"
@@ -230,18 +245,28 @@ class Scores:
 
     def _attach(self) -> None:
         gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
-        self._gates = {layer: Gate(self) for layer in self.coupling.layers if layer in gated}
-        taken = [layer for layer in self._gates if (gate := gated[layer].gate) and gate.owner()]
-        if taken:
+        left_out = [layer for layer in self.coupling.layers if layer not in gated]
+        if left_out:
+            raise ValueError(
+                f"layer {left_out[0]!r} and {len(left_out) - 1} more hold channels of units but are not converted, so "
+                "these units' scores would miss their share; call taylorkern.convert on the whole model"
+            )
+        others = (gate.owner() for layer in self.coupling.layers if (gate := gated[layer].gate))
+        for other in {id(owner): owner for owner in others if owner}.values():
             warnings.warn(
-                f"layer {taken[0]!r} already feeds another Scores, which gets no more minibatches from here on; "
-                "call its detach() first to say so",
+                "the model already feeds another Scores, which is detached: it gets no more minibatches from here on",
                 stacklevel=4,
             )
+            other.detach()
+        self._gates = {layer: Gate(self) for layer in self.coupling.layers}
         for layer, gate in self._gates.items():
             gated[layer].gate = gate
         batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         self._bn = frozenset(batch_norms)
+
+    def _attached(self) -> bool:
+        layers = dict(self.model.named_modules())
+        return all(getattr(layers.get(layer), "gate", None) is gate for layer, gate in self._gates.items())
 
     def _check_differentiable(self, example_inputs: Any) -> None:
         with untouched(self.model), torch.enable_grad():

@@ -118,10 +118,12 @@ def _tensor_edits(tensor: Tensor, new: Tensor, keep: Keep) -> list[_Edit]:
 
 def _state_edits(optimizer: torch.optim.Optimizer, keeps: dict[Tensor, Keep], names: dict[Tensor, str]) -> list[_Edit]:
     edits = []
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in keeps):
+    # Of every parameter: LBFGS, for one, keeps flat vectors of all of them with the first.
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if _is_per_element(value, parameter, f"{type(optimizer).__name__}'s {key!r} of {names[parameter]}"):
+            what = f"{type(optimizer).__name__}'s {key!r} of {names.get(parameter, 'a parameter of another model')}"
+            if _is_per_element(value, parameter, what) and parameter in keeps:
                 edits.append(_item_edit(state, key, _sliced(value, keeps[parameter])))
     return edits
 
@@ -134,7 +136,8 @@ def _is_per_element(value: Any, parameter: Tensor, what: str) -> bool:
         return False
     raise SurgeryError(
         f"{what} has shape {tuple(found[0].shape)}, neither the parameter's {tuple(parameter.shape)} nor one number: "
-        "its elements can't be told apart, so it can't be cut; start a fresh optimiser after the cut instead"
+        "its elements can't be told apart, so it can't be cut. If it comes from a file, load the pruner's state before "
+        "the optimiser's; otherwise start a fresh optimiser after the cut"
     )
 
 

@@ -1,5 +1,8 @@
 """Statistics per unit that come from weights rather than gates: filter norms, scales, squares of w·dw."""
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -40,36 +43,49 @@ def scale(model: nn.Module, coupling: Coupling) -> Tensor:
 
 
 class WeightSquares:
-    """Accumulates Σ (w·dw)² per filter row during backward, by hooks on the filters' weights."""
+    """Accumulates Σ (w·dw)² per filter row, by hooks on the filters' weights, for as long as it is held."""
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
-        self._rows: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}  # w·dw of the minibatch under way
         self._axes = coupling.filters
         frozen = [name for name, _ in self._axes if not model.get_parameter(name).requires_grad]
         if frozen:
             raise ValueError(f"taylor_weight needs gradients of the filters, but {frozen[0]} has requires_grad=False")
-        self._hooks = [self._watch(name, dim, model.get_parameter(name)) for name, dim in self._axes]
-
-    def _watch(self, name: str, dim: int, weight: Tensor) -> RemovableHandle:
-        def keep(gradient: Tensor) -> None:
-            row = _row_sums((weight.detach() * gradient.detach()).square(), dim)
-            self._rows[name] = self._rows[name] + row if name in self._rows else row
-
-        return weight.register_hook(keep)
+        weights = {name: model.get_parameter(name) for name, _ in self._axes}
+        hooks = [weight.register_hook(_adding(self._products, name, weight)) for name, weight in weights.items()]
+        self._remove = weakref.finalize(self, _remove_all, hooks)
 
     def drain(self, coupling: Coupling) -> Tensor:
         """[U]: what arrived since the last call; zero for a unit without a filter."""
-        rows, self._rows = self._rows, {}
         total = torch.zeros(len(coupling.units), dtype=torch.float64)
-        for name, dim in self._axes:
-            if name in rows:
-                total = total.to(rows[name].device)
-                total += per_unit(rows[name], coupling.axes[name, dim], len(total))
+        for name, dim in sorted(self._axes):
+            if name in self._products:
+                rows = _row_sums(self._products[name].square(), dim)
+                total = total.to(rows.device) + per_unit(rows, coupling.axes[name, dim], len(total))
+        self.clear()
         return total
 
+    def clear(self) -> None:
+        """Forget what arrived."""
+        self._products.clear()
+
     def detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        """Take the hooks off the weights."""
+        self._remove()
+
+
+def _adding(products: dict[str, Tensor], name: str, weight: Tensor) -> Callable[[Tensor], None]:
+    # Refers to the dictionary alone: a hook that held its owner would live as long as the model.
+    def add(gradient: Tensor) -> None:
+        product = weight.detach() * gradient.detach()
+        products[name] = products[name] + product if name in products else product
+
+    return add
+
+
+def _remove_all(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _row_sums(t: Tensor, dim: int) -> Tensor:

@@ -59,6 +59,13 @@ def test_infinitely_important_units_stay():
     assert budget.removable(importance, coupling, 1).tolist() == [3]
 
 
+def test_the_lowest_importance_there_is_goes_first():
+    coupling = tk.couple(residual(), X)
+    importance = torch.arange(float(len(coupling.units)))
+    importance[7] = -torch.inf
+    assert int(budget.removable(importance, coupling, 1)[0]) == 7
+
+
 def test_the_fewest_units_that_meet_the_goal_go():
     model = residual()
     coupling = tk.couple(model, X)

@@ -155,6 +155,43 @@ def test_states_of_another_model_change_nothing():
     train(model, opt, pruner, range(2))
 
 
+def test_a_state_without_the_needed_statistics_changes_nothing():
+    model, opt, pruner = made(every=1, step=2)
+    train(model, opt, pruner, [1])
+    fresh, _, other = made(every=1, step=2, criterion="taylor_weight")
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(ValueError, match="weight_squared"):
+        other.load_state_dict(pruner.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), fresh.state_dict().values(), strict=True))
+
+
+def test_states_loaded_in_the_wrong_order_say_the_right_one():
+    options = {"every": 1, "step": 2}
+    model, opt, pruner = made(**options)
+    train(model, opt, pruner, [1])
+    _, opt_again, pruner_again = made(**options)
+    opt_again.load_state_dict(opt.state_dict())
+    with pytest.raises(tk.SurgeryError, match="load the pruner's state before the optimiser's"):
+        pruner_again.load_state_dict(pruner.state_dict())
+
+
+def test_an_optimiser_with_state_of_all_parameters_in_one_is_refused():
+    model = tk.convert(residual())
+    opt = torch.optim.LBFGS(model.parameters(), 0.01, max_iter=2)
+    x, target = batch(1)
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    with pytest.raises(tk.SurgeryError, match="LBFGS's"):
+        tk.prune(model, X, torch.rand(len(tk.couple(model, X).units)), target=0.6, optimizer=opt)
+    opt.step(closure)
+
+
 def test_one_shot_cuts_the_lowest_and_scores_follow():
     torch.manual_seed(0)
     model = tk.convert(residual())
@@ -204,6 +241,7 @@ def test_unreachable_targets_are_refused_at_the_start():
         ({"criterion": "best"}, "unknown criterion"),
         ({"of": "bytes"}, "of='bytes'"),
         ({"every": 0}, "every=0"),
+        ({"every": 1.5}, "every=1.5"),
         ({"step": 0}, "step=0"),
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"min_channels": 0}, "min_channels=0"),

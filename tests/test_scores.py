@@ -194,6 +194,63 @@ def test_checkpointed_blocks_score_the_same():
     assert distance(scores.importance("taylor_fo"), want) < 1e-5
 
 
+def test_reentrant_checkpoints_keep_minibatches_apart():
+    model, scores = made(residual)
+    x, target = batch(1)
+    for _ in range(3):
+        logits = checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+        nn.functional.cross_entropy(logits, target).backward()
+    assert scores.minibatches == 3
+
+
+def test_weight_squares_are_those_of_the_minibatch_alone():
+    model, scores = made(residual, torch.float64, criteria=["taylor_weight"])
+    model.eval()
+    x, target = batch(1, dtype=torch.float64)
+
+    def loss():
+        return nn.functional.cross_entropy(model(x), target)
+
+    loss().backward()
+    want = scores.importance("taylor_weight")
+    (1e4 * loss()).backward()
+    scores.reset()
+    logits = model(x)
+    for i in range(2):
+        (nn.functional.cross_entropy(logits[i::2], target[i::2]) / 2).backward(retain_graph=True)
+    assert scores.minibatches == 1
+    assert distance(scores.importance("taylor_weight"), want) < 1e-9
+
+
+def test_weight_hooks_go_with_their_scores():
+    model, scores = made(residual, criteria=["taylor_weight"])
+    weight = model[0].weight
+    assert len(weight._backward_hooks) == 1
+    with pytest.warns(UserWarning, match="detached"):
+        second = tk.Scores(model, batch(0)[0], criteria=["taylor_weight"])
+    assert len(weight._backward_hooks) == 1
+    del second
+    assert len(weight._backward_hooks) == 0 and scores.minibatches == 0
+    tk.prune(model, batch(0)[0], torch.rand(len(scores.units)), target=0.7)
+    train_on(model, [1])
+
+
+def test_a_model_converted_in_part_is_refused():
+    model = residual()
+    tk.convert(model[3])
+    with pytest.raises(ValueError, match=r"'1' and 3 more hold channels .* not converted"):
+        tk.Scores(model, batch(0)[0])
+    assert all(getattr(module, "gate", None) is None for module in model.modules())
+
+
+def test_scores_of_a_reverted_model_say_why_nothing_comes():
+    model, scores = made(residual)
+    tk.revert(model)
+    train_on(model, [1])
+    with pytest.raises(RuntimeError, match="reverted"):
+        scores.importance("taylor_fo")
+
+
 def test_statistics_save_restore_and_refuse_another_model():
     model, scores = made(residual)
     train_on(model, [1, 2])
@@ -231,7 +288,7 @@ def test_scoring_stops_when_told_or_when_nobody_holds_the_scores():
 
 def test_a_second_scores_takes_over_and_says_so():
     model, first = made(residual)
-    with pytest.warns(UserWarning, match="already feeds another Scores"):
+    with pytest.warns(UserWarning, match="already feeds another Scores, which is detached"):
         second = tk.Scores(model, batch(0)[0])
     train_on(model, [1])
     assert first.minibatches == 0 and second.minibatches == 1

@@ -38,6 +38,12 @@ def couple(model: nn.Module, example_inputs: Any) -> Coupling:
         _trace(tracer, model, example_inputs, training=False)
     trained = not parameters <= tracer.reached and _trains(tracer, model, example_inputs)
     unreached = tuple(name for name, _ in model.named_parameters() if name not in tracer.reached)
+    if unreached:
+        warnings.warn(
+            f"{unreached[0]} and {len(unreached) - 1} more parameters were not used on the example inputs: if other "
+            "inputs use them, their layers will not follow a cut and will fail; give inputs that reach them",
+            stacklevel=3,
+        )
     return resolve(tracer, unreached, trained)
 
 
