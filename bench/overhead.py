@@ -13,18 +13,15 @@ The scores of "scored" and "hooks" are compared before anything is timed.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from zoo import torchvision
 
 import taylorkern as tk
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import conftest  # noqa: F401  torchvision beside a CPU build of torch
 
 
 class Hooks:
@@ -48,10 +45,8 @@ class Hooks:
 
 
 def build(network: str, channels_last: bool) -> nn.Module:
-    from torchvision.models import get_model
-
     torch.manual_seed(0)
-    model = get_model(network, weights=None).train()
+    model = torchvision().models.get_model(network, weights=None).train()
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 

@@ -7,13 +7,12 @@ from functools import wraps
 import pytest
 import torch
 
+from bench.zoo import torchvision
 from taylorkern import backends
 
-# torchvision's own build needs the schemas of two operators that a CPU build of torch lacks.
-_vision = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets) -> Tensor"):
-    with suppress(RuntimeError):  # a full build of torch has defined it already
-        _vision.define(_schema)
+# Beside a CPU build of torch, torchvision's plain import works only after this one.
+with suppress(ImportError):
+    torchvision()
 
 _calls: Counter[str] = Counter()
 
