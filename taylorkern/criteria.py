@@ -33,6 +33,21 @@ def taylor_fg(fisher: Tensor) -> Tensor:
     return fisher
 
 
+def taylor_so(change_squared: Tensor) -> Tensor:
+    """E_b[(½h - G)²]: second-order Taylor expansion, squared, h the Gauss-Newton diagonal (method 11)."""
+    return change_squared
+
+
+def taylor_so_fisher(fisher_change_squared: Tensor) -> Tensor:
+    """E_b[(½h - G)²] with the empirical Fisher mean_n s̃² for h: second order without another backward."""
+    return fisher_change_squared
+
+
+def obd(curvature: Tensor) -> Tensor:
+    """E_b[½h]: Optimal Brain Damage (method 10)."""
+    return curvature / 2
+
+
 def bn_taylor(bn_gate_squared: Tensor) -> Tensor:
     """E_b[(γ·dγ + β·dβ)²], summed over a unit's batch-normalisation channels before the square (method 31)."""
     return bn_gate_squared
@@ -62,6 +77,9 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_fo": Criterion(("gate_squared",), taylor_fo),
     "taylor_fo_abs": Criterion(("gate_abs",), taylor_fo_abs),
     "taylor_fg": Criterion(("fisher",), taylor_fg),
+    "taylor_so": Criterion(("change_squared",), taylor_so),
+    "taylor_so_fisher": Criterion(("fisher_change_squared",), taylor_so_fisher),
+    "obd": Criterion(("curvature",), obd),
     "bn_taylor": Criterion(("bn_gate_squared",), bn_taylor),
     "taylor_weight": Criterion(("weight_squared",), taylor_weight),
     "bn_scale": Criterion(("scale",), bn_scale),

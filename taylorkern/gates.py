@@ -52,6 +52,10 @@ class Gate:
             self._leaves[key] = one.expand(samples, channels).detach().requires_grad_()
         return self._leaves[key]
 
+    def leaves(self) -> list[Tensor]:
+        """The leaves that forwards have taken lately."""
+        return list(self._leaves.values())
+
     def drain(self) -> list[Tensor]:
         """Take the scores s [N, C] that have arrived since the last call."""
         arrived = [z.grad.detach() for z in self._leaves.values() if z.grad is not None]

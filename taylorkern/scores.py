@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import weights
 from .coupling import Coupling, Unit, couple
 from .criteria import criterion
+from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .gates import Gate
 from .layers import Gated
@@ -19,7 +20,8 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "scale": weights.scale,
     "filter_norm": weights.filter_norm,
 }
-_FROM_GATES = ("gate_squared", "gate_abs", "fisher", "bn_gate_squared")
+_FROM_GATES = ("gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
+_FROM_CURVATURE = ("curvature", "change_squared")  # of the minibatches that curvature() was called in
 _FROM_WEIGHT_GRADIENTS = "weight_squared"
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, _FROM_WEIGHT_GRADIENTS: weights.filter_norm}
@@ -68,12 +70,13 @@ class Scores:
             raise ValueError("layers= goes with example_inputs=None; with an example, the coupling finds the layers")
         wanted = {need for name in criteria for need in criterion(name).needs}
         self.model, self.seed = model, seed
+        self._h: Tensor | None = None  # curvature [U] of the minibatch under way
         alone = example_inputs is None
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
         self._weight_squares = weights.WeightSquares(model, self.coupling) if _FROM_WEIGHT_GRADIENTS in wanted else None
-        self._names = _FROM_GATES + ((_FROM_WEIGHT_GRADIENTS,) if self._weight_squares else ())
+        self._names = _FROM_GATES + _FROM_CURVATURE + ((_FROM_WEIGHT_GRADIENTS,) if self._weight_squares else ())
         self._attach()
         if not alone:
             self._check_differentiable(example_inputs)
@@ -108,12 +111,64 @@ class Scores:
         self.fold()
         return chosen.formula(*(self._statistic(need, name) for need in chosen.needs))
 
+    def curvature(
+        self,
+        logits: Tensor,
+        targets: Tensor | None = None,
+        loss: str | Loss | Cotangents = "cross_entropy",
+        method: str = "sketch",
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add the Gauss-Newton diagonal h of this minibatch's loss, for ``taylor_so`` and ``obd``.
+
+        Call it between the forward that made ``logits`` and ``loss.backward()``, in every minibatch or in some. Each
+        draw is one backward from the logits to the gates, without weight gradients, for
+        h_u = mean_n Σ_v (∂⟨f, v⟩/∂z[n, u])² over the cotangents v of ``loss`` (see ``taylorkern.curvature``):
+        "cross_entropy", "mse", "bce_with_logits", a ``CrossEntropy``, or a callable of (logits, targets) that returns
+        them. ``method`` "sketch" and "mc" are unbiased estimates from ``draws`` draws; "exact" takes a backward per
+        column. With batch statistics in training, samples act on one another, and h leaves out the products of
+        different samples' rows.
+
+        Raises ValueError for an unknown loss or method, ``draws`` below 1, or logits that depend on no gate, and
+        RuntimeError where the logits' graph has been freed.
+        """
+        if draws < 1:
+            raise ValueError(f"draws={draws} must be at least 1")
+        h = torch.zeros((), dtype=torch.float64)
+        repeats = draws if method != "exact" else 1
+        for _ in range(repeats):
+            for v in cotangents(logits, targets, loss, method, generator):
+                h = h + sum(len(r) * r.square().sum(0) for r in self._rows_of(logits, v / len(logits)))
+        self._h = h / repeats
+
+    def _rows_of(self, logits: Tensor, cotangent: Tensor) -> list[Tensor]:
+        leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]
+        if not logits.requires_grad or not leaves:
+            raise ValueError("these logits depend on no gate: make them by a forward of the scored model, gradients on")
+        try:
+            found = torch.autograd.grad(logits, [z for _, z in leaves], cotangent, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "the graph of these logits is freed: call scores.curvature before loss.backward(), not after"
+            ) from error
+        arrived: dict[str, list[Tensor]] = {}
+        for (layer, _), row in zip(leaves, found, strict=True):
+            if row is not None:
+                arrived.setdefault(layer, []).append(row)
+        if not arrived:
+            raise ValueError("these logits depend on no gate: make them by a forward of the scored model, gradients on")
+        return self._rows(arrived)
+
     def reset(self) -> None:
         """Forget every minibatch so far."""
         self._discard()
         units = len(self.coupling.units)
         self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
         self._count = torch.zeros((), dtype=torch.int64)
+        self._curved = torch.zeros((), dtype=torch.int64)  # minibatches with a curvature
         self._dropped = torch.zeros((), dtype=torch.int64)
         self._silent = set(self._gates)
 
@@ -134,6 +189,7 @@ class Scores:
             "fingerprint": self.coupling.fingerprint,
             "sums": {name: total.clone() for name, total in self._sums.items()},
             "minibatches": int(self._count),
+            "curved": int(self._curved),
             "dropped": int(self._dropped),
             "silent": sorted(self._silent),
         }
@@ -149,6 +205,7 @@ class Scores:
         self._discard()
         self._sums = {name: state["sums"][name].clone() for name in self._names}
         self._count = torch.tensor(state["minibatches"])
+        self._curved = torch.tensor(state["curved"])
         self._dropped = torch.tensor(state["dropped"])
         self._silent = set(state["silent"])
 
@@ -161,6 +218,7 @@ class Scores:
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
         self.fold()
+        self._h = None
         self.coupling = coupling
         self._sums = {name: total[kept.to(total.device)] for name, total in self._sums.items()}
 
@@ -175,10 +233,13 @@ class Scores:
         for name, value in minibatch.items():
             self._sums[name] = self._sums[name].to(device) + torch.where(finite, value, 0.0)
         self._count = self._count.to(device) + finite
+        self._curved = self._curved.to(device) + finite * (self._h is not None)
+        self._h = None
         self._dropped = self._dropped.to(device) + ~finite
 
     def _discard(self) -> None:
         self._take()
+        self._h = None
         if self._weight_squares:
             self._weight_squares.clear()
 
@@ -189,25 +250,33 @@ class Scores:
     def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
         self._silent.difference_update(arrived)
-        units = len(self.coupling.units)
-        gate, bn_gate, fisher = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-        for samples, pieces in _by_samples(arrived).items():
-            index = torch.cat([self.coupling.layers[layer] for layer, _ in pieces])
-            s = torch.cat([scores for _, scores in pieces], dim=1)  # [N, sum of C]
-            rows = weights.per_unit(s, index, units)  # [N, U]
-            of_bn = torch.cat([torch.full_like(self.coupling.layers[layer], layer in self._bn) for layer, _ in pieces])
-            gate = gate + rows.sum(0)
-            fisher = fisher + samples * rows.square().sum(0)  # mean_n s̃² with s̃ = N·s
-            bn_gate = bn_gate + weights.per_unit(s.double().sum(0), index.where(of_bn.bool(), -1), units)
+        rows = self._rows(arrived)
+        of_bn = self._rows({layer: scores for layer, scores in arrived.items() if layer in self._bn})
+        gate = torch.stack([r.sum(0) for r in rows]).sum(0)
+        bn_gate = torch.stack([r.sum(0) for r in of_bn]).sum(0) if of_bn else torch.zeros_like(gate)
+        fisher = torch.stack([len(r) * r.square().sum(0) for r in rows]).sum(0)  # mean_n s̃² with s̃ = N·s
         minibatch = {
             "gate_squared": gate.square(),
             "gate_abs": gate.abs(),
             "fisher": fisher,
             "bn_gate_squared": bn_gate.square(),
+            "fisher_change_squared": (fisher / 2 - gate).square(),
         }
+        if self._h is not None:
+            minibatch["curvature"] = self._h
+            minibatch["change_squared"] = (self._h / 2 - gate).square()
         if self._weight_squares:
             minibatch[_FROM_WEIGHT_GRADIENTS] = self._weight_squares.drain(self.coupling).to(gate.device)
         return minibatch
+
+    def _rows(self, arrived: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """Gate gradients per unit, summed over its places: [N, U] for every batch size N that occurs."""
+        rows = []
+        for pieces in _by_samples(arrived).values():
+            index = torch.cat([self.coupling.layers[layer] for layer, _ in pieces])
+            s = torch.cat([scores for _, scores in pieces], dim=1)  # [N, sum of C]
+            rows.append(weights.per_unit(s, index, len(self.coupling.units)))
+        return rows
 
     def _statistic(self, need: str, name: str) -> Tensor:
         if need in _STATIC:
@@ -240,8 +309,17 @@ class Scores:
                 f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
                 stacklevel=4,
             )
+        if need in _FROM_CURVATURE:
+            count = self._curvatures()
         judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
         return torch.where(judged.to(self._sums[need].device), self._sums[need] / count, torch.inf)
+
+    def _curvatures(self) -> int:
+        if not int(self._curved):
+            raise RuntimeError(
+                "no curvature yet: call scores.curvature(logits, targets) after the forward and before loss.backward()"
+            )
+        return int(self._curved)
 
     def _attach(self) -> None:
         gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}

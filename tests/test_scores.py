@@ -102,7 +102,11 @@ def test_criteria_of_weights_are_their_formulas():
 def test_every_criterion_gives_one_number_per_unit():
     for build in (residual, plain):
         model, scores = made(build, criteria=list(CRITERIA))
-        train_on(model, [1, 2])
+        x, target = batch(1)
+        logits = model(x)
+        scores.curvature(logits, target)
+        nn.functional.cross_entropy(logits, target).backward()
+        train_on(model, [2])
         for name in CRITERIA:
             importance = scores.importance(name)
             assert importance.shape == (len(scores.units),) and not importance.isnan().any(), name
