@@ -18,6 +18,7 @@ from .layers import (
     convert,
     revert,
 )
+from .oracle import oracle
 from .pruner import Pruner, prune
 from .scores import Scores
 from .store import StoreError, load, save
@@ -43,6 +44,7 @@ __all__ = [
     "convert",
     "couple",
     "load",
+    "oracle",
     "prune",
     "revert",
     "save",
