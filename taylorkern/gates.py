@@ -40,8 +40,11 @@ class Gate:
         owner = self._owner()
         if owner is None:
             return False
-        if any(z.grad is not None for z in self._leaves.values()) and not _inside_backward():
+        arrived = any(z.grad is not None for z in self._leaves.values())
+        if (arrived or owner.curvature_waits) and not _inside_backward():
             owner.fold()
+            if torch.is_grad_enabled():
+                owner.forget_curvature()  # of a forward that no backward followed
         return torch.is_grad_enabled()
 
     def leaf(self, samples: int, channels: int, like: Tensor) -> Tensor:

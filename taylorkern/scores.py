@@ -122,7 +122,8 @@ class Scores:
     ) -> None:
         """Add the Gauss-Newton diagonal h of this minibatch's loss, for ``taylor_so`` and ``obd``.
 
-        Call it between the forward that made ``logits`` and ``loss.backward()``, in every minibatch or in some. Each
+        Call it between the forward that made ``logits`` and ``loss.backward()``, in every minibatch or in some; a
+        second call replaces the first, and the next forward drops one that no backward followed. Each
         draw is one backward from the logits to the gates, without weight gradients, for
         h_u = mean_n Σ_v (∂⟨f, v⟩/∂z[n, u])² over the cotangents v of ``loss`` (see ``taylorkern.curvature``):
         "cross_entropy", "mse", "bce_with_logits", a ``CrossEntropy``, or a callable of (logits, targets) that returns
@@ -141,6 +142,15 @@ class Scores:
             for v in cotangents(logits, targets, loss, method, generator):
                 h = h + sum(len(r) * r.square().sum(0) for r in self._rows_of(logits, v / len(logits)))
         self._h = h / repeats
+
+    @property
+    def curvature_waits(self) -> bool:
+        """Whether a curvature is there whose minibatch has not been folded."""
+        return self._h is not None
+
+    def forget_curvature(self) -> None:
+        """Drop a curvature that waits; a new forward does, so that it never joins another minibatch's scores."""
+        self._h = None
 
     def _rows_of(self, logits: Tensor, cotangent: Tensor) -> list[Tensor]:
         leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]

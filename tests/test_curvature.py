@@ -201,6 +201,27 @@ def test_curvature_survives_saving_and_leaves_dropped_minibatches_out():
     assert torch.equal(scores.importance("obd"), scores._sums["curvature"] / 2)
 
 
+def test_a_curvature_without_a_backward_never_joins_another_minibatch():
+    model, scores = made(residual)
+    x, target = batch(1)
+    scores.curvature(model(x), target)  # this minibatch is skipped
+    F.cross_entropy(model(batch(2)[0]), target).backward()
+    with pytest.raises(RuntimeError, match="no curvature yet"):
+        scores.importance("taylor_so")
+    assert scores.minibatches == 1
+
+
+def test_an_evaluation_in_between_leaves_the_curvature_alone():
+    model, scores = made(residual)
+    x, target = batch(1)
+    logits = model(x)
+    scores.curvature(logits, target)
+    with torch.no_grad():
+        model(batch(2)[0])
+    F.cross_entropy(logits, target).backward()
+    assert scores.importance("taylor_so").isfinite().all()
+
+
 def test_a_users_own_cotangents():
     model, scores = made(residual)
     x, target = batch(1)
