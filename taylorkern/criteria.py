@@ -7,6 +7,7 @@ gradient under a mean loss, E_b the mean over minibatches. See Molchanov et al.,
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -48,6 +49,14 @@ def obd(curvature: Tensor) -> Tensor:
     return curvature / 2
 
 
+def taylor_output(output_abs: Tensor) -> Tensor:
+    """E_b[mean over n and S of abs(a·dL/da)], divided by its ℓ2 norm over the layer (method 6, from ICLR 2017).
+
+    ``output_abs`` is [U, layers]; a unit of several layers has the sum of its shares in them.
+    """
+    return (output_abs / output_abs.norm(dim=0).clamp_min(torch.finfo(output_abs.dtype).tiny)).sum(1)
+
+
 def bn_taylor(bn_gate_squared: Tensor) -> Tensor:
     """E_b[(γ·dγ + β·dβ)²], summed over a unit's batch-normalisation channels before the square (method 31)."""
     return bn_gate_squared
@@ -80,11 +89,19 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_so": Criterion(("change_squared",), taylor_so),
     "taylor_so_fisher": Criterion(("fisher_change_squared",), taylor_so_fisher),
     "obd": Criterion(("curvature",), obd),
+    "taylor_output": Criterion(("output_abs",), taylor_output),
     "bn_taylor": Criterion(("bn_gate_squared",), bn_taylor),
     "taylor_weight": Criterion(("weight_squared",), taylor_weight),
     "bn_scale": Criterion(("scale",), bn_scale),
     "magnitude": Criterion(("filter_norm",), magnitude),
     "random": Criterion(("uniform",), random),
+}
+
+# The expansions behind the squares: E_b[ΔL] with its sign, as predicted for the removal of each unit.
+CHANGES: dict[str, Criterion] = {
+    "taylor_fo": Criterion(("gate",), lambda gate: -gate),
+    "taylor_so": Criterion(("change",), lambda change: change),
+    "taylor_so_fisher": Criterion(("fisher", "gate"), lambda fisher, gate: fisher / 2 - gate),
 }
 
 
@@ -97,3 +114,14 @@ def criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; known are {', '.join(CRITERIA)}")
     return CRITERIA[name]
+
+
+def change(name: str) -> Criterion:
+    """The signed expansion behind criterion ``name``; ValueError with the names that have one otherwise.
+
+    >>> change("taylor_so_fisher").formula(2.0, 3.0)
+    -2.0
+    """
+    if name not in CHANGES:
+        raise ValueError(f"criterion {name!r} predicts no signed change; those that do are {', '.join(CHANGES)}")
+    return CHANGES[name]

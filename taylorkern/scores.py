@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,22 +10,27 @@ from torch import Tensor, nn
 
 from . import weights
 from .coupling import Coupling, Unit, couple
-from .criteria import criterion
+from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .gates import Gate
 from .layers import Gated
+from .outputs import OutputProducts
 from .state import untouched
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "scale": weights.scale,
     "filter_norm": weights.filter_norm,
 }
-_FROM_GATES = ("gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
-_FROM_CURVATURE = ("curvature", "change_squared")  # of the minibatches that curvature() was called in
-_FROM_WEIGHT_GRADIENTS = "weight_squared"
+_FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
+_FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
+# What costs a pass of its own is collected only for criteria that were announced.
+_ON_REQUEST: dict[str, Callable[[nn.Module, Coupling], weights.WeightSquares | OutputProducts]] = {
+    "weight_squared": weights.WeightSquares,
+    "output_abs": OutputProducts,
+}
 # A unit that the second can't judge has no value in the first either.
-_JUDGED_BY = {"bn_gate_squared": weights.scale, _FROM_WEIGHT_GRADIENTS: weights.filter_norm}
+_JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
 
 
 class Scores:
@@ -40,8 +46,8 @@ class Scores:
     loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
     A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
 
-    ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight``, which costs a pass over
-    the weights' gradients and so is not collected by default.
+    ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight`` and ``taylor_output``,
+    which cost a pass over the weights' gradients or the activations and so are not collected by default.
 
     Raises ValueError where the model is not converted or only in part, fails on the example, returns nothing
     differentiable, or has no unit that can be scored.
@@ -75,8 +81,8 @@ class Scores:
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
-        self._weight_squares = weights.WeightSquares(model, self.coupling) if _FROM_WEIGHT_GRADIENTS in wanted else None
-        self._names = _FROM_GATES + _FROM_CURVATURE + ((_FROM_WEIGHT_GRADIENTS,) if self._weight_squares else ())
+        self._extras = {need: make(model, self.coupling) for need, make in _ON_REQUEST.items() if need in wanted}
+        self._names = (*_FROM_GATES, *_FROM_CURVATURE, *self._extras)
         self._attach()
         if not alone:
             self._check_differentiable(example_inputs)
@@ -107,7 +113,19 @@ class Scores:
         Raises ValueError for an unknown criterion, or one whose statistics were not asked for; RuntimeError where
         no backward has delivered a score yet, or every minibatch was dropped.
         """
-        chosen = criterion(name)
+        return self._evaluate(criterion(name), name)
+
+    def predicted_change(self, name: str = "taylor_so_fisher") -> Tensor:
+        """The mean change of the loss that removing each unit is predicted to make, with its sign, [U], float64.
+
+        E_b[-G] for "taylor_fo", E_b[½h - G] for "taylor_so" and "taylor_so_fisher" (h the empirical Fisher): what these
+        criteria square before the mean. Below zero, the network is predicted to be better without the unit.
+
+        Raises ValueError for another criterion, RuntimeError like :meth:`importance`.
+        """
+        return self._evaluate(change(name), name)
+
+    def _evaluate(self, chosen: Criterion, name: str) -> Tensor:
         self.fold()
         return chosen.formula(*(self._statistic(need, name) for need in chosen.needs))
 
@@ -119,6 +137,7 @@ class Scores:
         method: str = "sketch",
         draws: int = 1,
         generator: torch.Generator | None = None,
+        every_n: int = 1,
     ) -> None:
         """Add the Gauss-Newton diagonal h of this minibatch's loss, for ``taylor_so`` and ``obd``.
 
@@ -129,13 +148,17 @@ class Scores:
         "cross_entropy", "mse", "bce_with_logits", a ``CrossEntropy``, or a callable of (logits, targets) that returns
         them. ``method`` "sketch" and "mc" are unbiased estimates from ``draws`` draws; "exact" takes a backward per
         column. With batch statistics in training, samples act on one another, and h leaves out the products of
-        different samples' rows.
+        different samples' rows. With ``every_n`` above 1 the first call after a reset counts, then every n-th one; the
+        others do nothing.
 
-        Raises ValueError for an unknown loss or method, ``draws`` below 1, or logits that depend on no gate, and
-        RuntimeError where the logits' graph has been freed.
+        Raises ValueError for an unknown loss or method, ``draws`` or ``every_n`` below 1, or logits that depend on no
+        gate, and RuntimeError where the logits' graph has been freed.
         """
-        if draws < 1:
-            raise ValueError(f"draws={draws} must be at least 1")
+        if draws < 1 or every_n < 1:
+            raise ValueError(f"draws={draws} and every_n={every_n} must be at least 1")
+        self._asked += 1
+        if (self._asked - 1) % every_n:
+            return
         h = torch.zeros((), dtype=torch.float64)
         repeats = draws if method != "exact" else 1
         for _ in range(repeats):
@@ -157,7 +180,11 @@ class Scores:
         if not logits.requires_grad or not leaves:
             raise ValueError("these logits depend on no gate: make them by a forward of the scored model, gradients on")
         try:
-            found = torch.autograd.grad(logits, [z for _, z in leaves], cotangent, retain_graph=True, allow_unused=True)
+            with ExitStack() as paused:
+                for extra in self._extras.values():
+                    paused.enter_context(extra.paused())
+                ends = [z for _, z in leaves]
+                found = torch.autograd.grad(logits, ends, cotangent, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -177,6 +204,8 @@ class Scores:
         self._discard()
         units = len(self.coupling.units)
         self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
+        self._sums |= {need: extra.drain(self.coupling) for need, extra in self._extras.items()}  # of nothing yet
+        self._asked = 0  # calls of curvature()
         self._count = torch.zeros((), dtype=torch.int64)
         self._curved = torch.zeros((), dtype=torch.int64)  # minibatches with a curvature
         self._dropped = torch.zeros((), dtype=torch.int64)
@@ -189,8 +218,8 @@ class Scores:
             module = self.model.get_submodule(layer)
             if getattr(module, "gate", None) is gate:
                 module.gate = None  # type: ignore[assignment]
-        if self._weight_squares:
-            self._weight_squares.detach()
+        for extra in self._extras.values():
+            extra.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics, for ``torch.save``; what has arrived is folded first."""
@@ -200,6 +229,7 @@ class Scores:
             "sums": {name: total.clone() for name, total in self._sums.items()},
             "minibatches": int(self._count),
             "curved": int(self._curved),
+            "asked": self._asked,
             "dropped": int(self._dropped),
             "silent": sorted(self._silent),
         }
@@ -216,6 +246,7 @@ class Scores:
         self._sums = {name: state["sums"][name].clone() for name in self._names}
         self._count = torch.tensor(state["minibatches"])
         self._curved = torch.tensor(state["curved"])
+        self._asked = state["asked"]
         self._dropped = torch.tensor(state["dropped"])
         self._silent = set(state["silent"])
 
@@ -250,8 +281,8 @@ class Scores:
     def _discard(self) -> None:
         self._take()
         self._h = None
-        if self._weight_squares:
-            self._weight_squares.clear()
+        for extra in self._extras.values():
+            extra.clear()
 
     def _take(self) -> dict[str, list[Tensor]]:
         arrived = {layer: gate.drain() for layer, gate in self._gates.items()}
@@ -266,6 +297,7 @@ class Scores:
         bn_gate = torch.stack([r.sum(0) for r in of_bn]).sum(0) if of_bn else torch.zeros_like(gate)
         fisher = torch.stack([len(r) * r.square().sum(0) for r in rows]).sum(0)  # mean_n s̃² with s̃ = N·s
         minibatch = {
+            "gate": gate,
             "gate_squared": gate.square(),
             "gate_abs": gate.abs(),
             "fisher": fisher,
@@ -273,10 +305,10 @@ class Scores:
             "fisher_change_squared": (fisher / 2 - gate).square(),
         }
         if self._h is not None:
-            minibatch["curvature"] = self._h
-            minibatch["change_squared"] = (self._h / 2 - gate).square()
-        if self._weight_squares:
-            minibatch[_FROM_WEIGHT_GRADIENTS] = self._weight_squares.drain(self.coupling).to(gate.device)
+            signed = self._h / 2 - gate
+            minibatch |= {"curvature": self._h, "change": signed, "change_squared": signed.square()}
+        for need, extra in self._extras.items():
+            minibatch[need] = extra.drain(self.coupling).to(gate.device)
         return minibatch
 
     def _rows(self, arrived: Mapping[str, list[Tensor]]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ class WeightSquares:
                 total = total.to(rows.device) + per_unit(rows, coupling.axes[name, dim], len(total))
         self.clear()
         return total
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing: a curvature's backward computes no gradient of a weight."""
+        return nullcontext()
 
     def clear(self) -> None:
         """Forget what arrived."""

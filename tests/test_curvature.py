@@ -187,6 +187,43 @@ def test_no_weight_gradient_is_computed_and_nothing_before_the_first_gate():
     assert scores.minibatches == 1
 
 
+def test_every_nth_call_counts_from_the_reset_on_and_through_saving():
+    model, scores = made(residual)
+
+    def curved(scores, model, calls):
+        for seed in range(calls):
+            logits = model(batch(seed)[0])
+            scores.curvature(logits, every_n=3)
+            F.cross_entropy(logits, batch(seed)[1]).backward()
+        scores.fold()
+        return int(scores._curved)
+
+    assert curved(scores, model, 5) == 2
+    other_model, other = made(residual)
+    other.load_state_dict(scores.state_dict())
+    assert curved(other, other_model, 1) == 2 and curved(other, other_model, 1) == 3
+    scores.reset()
+    assert curved(scores, model, 1) == 1
+    with pytest.raises(ValueError, match="every_n=0"):
+        scores.curvature(model(batch(0)[0]), every_n=0)
+
+
+def test_the_signed_prediction_is_of_the_minibatches_that_have_a_curvature():
+    model, scores = made(residual)
+    changes = []
+    for seed in range(3):
+        x, target = batch(seed)
+        logits = model(x)
+        if seed != 1:
+            scores.curvature(logits, target, method="exact")
+            h = scores._h
+        F.cross_entropy(logits, target).backward()
+        s = scores._rows({layer: [z.grad for z in gate.leaves()] for layer, gate in scores._gates.items()})[0]
+        if seed != 1:
+            changes.append(h / 2 - s.sum(0))
+    assert distance(scores.predicted_change("taylor_so"), torch.stack(changes).mean(0)) < 1e-12
+
+
 def test_curvature_survives_saving_and_leaves_dropped_minibatches_out():
     model, scores = made(residual)
     x, target = batch(1)

@@ -368,3 +368,80 @@ def test_a_model_that_returns_nothing_differentiable_is_refused(build):
         warnings.simplefilter("error")
         tk.Scores(model, batch(0)[0])
     assert all(getattr(module, "gate", None) is None for module in model.modules())
+
+
+def output_shares(model, scores, x, target, backwards=1):
+    """mean over n and S of abs(a·dL/da), [U, layers], by hooks on an unconverted copy without in-place operations."""
+    wide = tk.revert(copy.deepcopy(model))
+    for module in wide.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    kept = {}
+
+    def keep(layer):
+        def hook(module, inputs, output):
+            kept[layer] = output
+            return output.clone()  # the blocks add in place
+
+        return hook
+
+    layers = list(scores.coupling.layers)
+    for layer in layers:
+        wide.get_submodule(layer).register_forward_hook(keep(layer))
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(wide(x), target), [kept[layer] for layer in layers])
+    shares = torch.zeros(len(scores.units), len(layers), dtype=torch.float64)
+    for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+        mean = (kept[layer] * gradient).detach().abs().transpose(0, 1).flatten(1).mean(1)
+        for u, unit in enumerate(scores.units):
+            shares[u, i] = sum(mean[channel] for name, channel in unit.places if name == layer)
+    return shares
+
+
+@pytest.mark.parametrize("build", [residual, plain])
+def test_taylor_output_is_normalised_per_layer_after_the_mean(build):
+    """In-place ReLU and addition behind the layers, linked units, a curvature in between, several backwards."""
+    model, scores = made(build, torch.float64, criteria=["taylor_output"])
+    model.eval()
+    shares = []
+    for seed in (1, 2):
+        x, target = batch(seed, dtype=torch.float64)
+        shares.append(output_shares(model, scores, x, target))
+        logits = model(x)
+        scores.curvature(logits, target)
+        for i in range(2):
+            (nn.functional.cross_entropy(logits[i::2], target[i::2]) / 2).backward(retain_graph=True)
+    mean = torch.stack(shares).mean(0)
+    want = (mean / mean.square().sum(0).sqrt()).sum(1)
+    assert distance(scores.importance("taylor_output"), want) < 1e-12
+    assert build is plain or any(len(unit.places) > 1 for unit in scores.units)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    scores.detach()
+    assert hooks and not any(module._forward_hooks for module in model.modules())
+
+
+def test_taylor_output_follows_a_cut():
+    torch.manual_seed(0)
+    model = tk.convert(residual())
+    pruner = tk.Pruner(model, batch(0)[0], criterion="taylor_output", target=0.6, of="channels", every=2, step=3)
+    before = len(pruner.scores.units)
+    while not pruner.done:
+        train_on(model, [1])
+        pruner.step()
+    assert len(pruner.scores.units) < before
+    train_on(model, [2])
+    assert pruner.scores.importance("taylor_output").shape == (len(pruner.scores.units),)
+
+
+def test_predicted_changes_keep_their_sign():
+    model, scores = made(residual, torch.float64)
+    model.eval()
+    s = expected(model, scores, [1, 2])
+    train_on(model, [1, 2])
+    gate, fisher = s.sum(1).mean(0), 8 * s.square().sum(1).mean(0)
+    assert distance(scores.predicted_change("taylor_fo"), -gate) < 1e-12
+    assert distance(scores.predicted_change(), fisher / 2 - gate) < 1e-12
+    assert (gate < 0).any() and (gate > 0).any()
+    with pytest.raises(ValueError, match=r"'magnitude' predicts no signed change; those that do are taylor_fo"):
+        scores.predicted_change("magnitude")
+    with pytest.raises(RuntimeError, match="no curvature yet"):
+        scores.predicted_change("taylor_so")
