@@ -165,8 +165,9 @@ def prune(
 ) -> list[Unit]:
     """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
 
-    ``importance`` [U] has one number per unit, in the order of ``Scores(model, example_inputs).units``; ``of`` is
-    "flops", "params" or "channels". A ``Scores`` attached to the model follows the cut. What the cut network computes
+    ``importance`` [U] has one number per unit, in the order of the units of the ``Scores`` attached to the model, or
+    without one of ``Scores(model, example_inputs).units``; ``of`` is "flops", "params" or "channels". A ``Scores``
+    attached to the model follows the cut. What the cut network computes
     is compared with the masked dense one on the example inputs in evaluation mode, in float64 where the model runs in
     it; code that takes another branch for other inputs, or other numbers in training, is not seen.
 
@@ -179,7 +180,7 @@ def prune(
     [(('0', 0),), (('0', 1),), (('0', 2),), (('0', 3),)]
     """
     _check_target(target)
-    coupling = couple(model, example_inputs)
+    coupling = _followed(model) or couple(model, example_inputs)
     units = len(coupling.units)
     importance = torch.as_tensor(importance).detach().double().cpu()
     if importance.shape != (units,):
@@ -239,6 +240,11 @@ class _Dense:
 def _attached(model: nn.Module) -> list[Scores]:
     owners = (module.gate.owner() for module in model.modules() if isinstance(module, Gated) and module.gate)
     return list({id(owner): owner for owner in owners if owner is not None}.values())
+
+
+def _followed(model: nn.Module) -> Coupling | None:
+    """The coupling of an attached Scores: after cuts it may still count the last unit of a layer, which couple won't."""
+    return next((s.coupling for s in _attached(model) if s.coupling.consumers and s.coupling.fits(model)), None)
 
 
 def _check_target(target: float) -> None:

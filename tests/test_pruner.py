@@ -283,3 +283,28 @@ def test_a_loss_never_backpropagated_says_so():
     nn.functional.cross_entropy(model(batch(1)[0]), batch(1)[1])
     with pytest.raises(RuntimeError, match="no backward has reached a gate"):
         pruner.step()
+
+
+def test_one_shot_cuts_go_on_where_a_layer_is_down_to_its_last_channel():
+    """Its unit can't go, and a new coupling would not count it; the Scores that followed the cuts does."""
+    torch.manual_seed(0)
+    model, x = tk.convert(residual()), torch.randn(4, 2, 8, 8)
+    scores = tk.Scores(model, x)
+    for left in (0.7, 0.5, 0.4, 0.3, 0.2):
+        torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+        target = left * scores.coupling.dense.max().add(1).item() / len(scores.units)
+        importance = scores.importance("taylor_fo")
+        importance[scores.coupling.layers["1"]] = 0  # the stem's channels first
+        tk.prune(model, x, importance, target=min(1.0, target), of="channels")
+        scores.reset()
+    assert model[1].num_features == 1
+    assert len(tk.couple(model, x).units) < len(scores.units)
+
+
+def test_a_scores_whose_model_changed_behind_its_back_is_not_asked():
+    model, x = tk.convert(residual()), torch.randn(4, 2, 8, 8)
+    scores = tk.Scores(model, x)
+    block = model[3]
+    block.conv1, block.bn1, block.conv2 = tk.Conv2d(6, 5, 3, 1, 1), tk.BatchNorm2d(5), tk.Conv2d(5, 6, 3, padding=1)
+    with pytest.raises(ValueError, match=f"but this model has {len(scores.units) - 1} units"):
+        tk.prune(model, x, torch.rand(len(scores.units)), target=0.7)

@@ -90,6 +90,11 @@ class Coupling:
         stays[removed] = False  # index -1 finds the last entry, for what belongs to no unit
         return stays
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` has every axis of this coupling, in its size."""
+        sizes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        return all(name in sizes and sizes[name][dim] == len(units) for (name, dim), units in self.axes.items())
+
     def keep(self, kept: Tensor) -> "Coupling":
         """The coupling after a cut that leaves the units ``kept`` (indices, sorted), renumbered from 0."""
         new = torch.full((len(self.units) + 1,), -1)
