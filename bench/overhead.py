@@ -12,13 +12,11 @@ The scores of "scored" and "hooks" are compared before anything is timed.
 
 import argparse
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pairs import interleaved, quartiles, ratios
 from torch import Tensor, nn
 from zoo import torchvision
 
@@ -73,19 +71,9 @@ def agreement(scored: nn.Module, hooks: Hooks) -> float:
 
 
 def measure(ways: dict[str, Callable[[], None]], pairs: int) -> dict[str, dict[str, float]]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    shuffled = random.Random(0)
-    for _ in range(pairs):
-        # Who runs after whom changes each time: the step before leaves its mark on caches and allocator.
-        for name, run in shuffled.sample(list(ways.items()), len(ways)):
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    ratios = {name: [t / p for t, p in zip(times[name], times["plain"], strict=True)] for name in ways}
-    return {
-        name: dict(zip(("p25", "median", "p75"), statistics.quantiles(r, n=4), strict=True))
-        for name, r in ratios.items()
-    }
+    """Quartiles of each way's time as a multiple of plain's."""
+    times = interleaved(ways, pairs)
+    return {name: quartiles(ratios(taken, times["plain"])) for name, taken in times.items()}
 
 
 def main() -> None:
@@ -111,17 +99,17 @@ def main() -> None:
     worst = agreement(models["scored"], hooks)
     if worst > 1e-3:
         raise SystemExit(f"scores and hooks disagree by {worst:.1e}: nothing is timed")
-    ratios = measure(ways, options.pairs)
+    found = measure(ways, options.pairs)
     print(
         f"{options.network}, batch {options.batch}, {options.size}x{options.size}, "
         f"{'channels_last' if options.channels_last else 'contiguous'}, {options.pairs} interleaved pairs, "
         f"{torch.get_num_threads()} threads; scores agree with hooks to {worst:.1e}; {len(scores.units)} units"
     )
-    for name, q in ratios.items():
+    for name, q in found.items():
         print(f"{name:10} {q['median']:.3f} of plain   (quartiles {q['p25']:.3f} to {q['p75']:.3f})")
     if options.json:
         facts = {key: str(value) for key, value in vars(options).items()} | {"torch": torch.__version__}
-        options.json.write_text(json.dumps({"options": facts, "agreement": worst, "ratios": ratios}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"options": facts, "agreement": worst, "ratios": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
