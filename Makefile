@@ -1,13 +1,14 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
 # PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the command.
-.PHONY: help install demo test lint zoo nvcc-check wheel-check clean
+.PHONY: help install demo test lint zoo study peers curvature nvcc-check wheel-check clean
 .DELETE_ON_ERROR:
 
 SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+BENCH := $(VENV)/.bench-installed
 OUT ?= demo-out
 ARGS ?=
 
@@ -17,7 +18,7 @@ GOMP_SPINCOUNT ?= 10000
 export GOMP_SPINCOUNT
 
 help:
-	@echo "make demo | test | lint | zoo | nvcc-check | wheel-check | clean"
+	@echo "make demo | test | lint | zoo | study | peers | curvature | nvcc-check | wheel-check | clean"
 
 install: $(STAMP)
 
@@ -49,6 +50,23 @@ lint: $(STAMP)
 zoo: $(STAMP)
 	$(RUN) bench/zoo.py $(ARGS)
 
+study: $(STAMP)
+	$(RUN) -m bench.study $(ARGS)
+	$(RUN) -m bench.study.hessian
+
+$(BENCH): $(STAMP)
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
+	@touch $@
+
+peers: $(BENCH)
+	$(RUN) -m pytest tests/test_diagonals.py $(ARGS)
+
+curvature: $(BENCH)
+	$(RUN) bench/curvature.py --network resnet50 --batch 8 --size 224 --pairs 15 --channels-last \
+	  --json bench/results/curvature-resnet50.json
+	$(RUN) bench/diagonals.py --network chain --json bench/results/diagonals-chain.json
+	$(RUN) bench/diagonals.py --network residual --json bench/results/diagonals-residual.json
+
 nvcc-check:
 	bash csrc/nvcc_check.sh
 
@@ -56,5 +74,5 @@ wheel-check: $(STAMP)
 	bash .ci/wheel-check $(RUN)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-out
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-out study-out
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .coupling import Coupling
 from .coupling.tracer import channel_dim
+from .ops import accumulator
 from .weights import per_unit
 
 
@@ -35,7 +36,8 @@ class OutputProducts:
         device = self._products[0].total.device if self._products else None
         columns = torch.zeros(len(coupling.units), len(self.layers), dtype=torch.float64, device=device)
         for product in self._products:
-            mean = product.total.abs().movedim(product.dim, 0).flatten(1).double().mean(1)  # [C]
+            total = product.total.abs().movedim(product.dim, 0).flatten(1)
+            mean = total.mean(1, dtype=accumulator(total.dtype))  # [C]
             columns[:, self.layers.index(product.layer)] += per_unit(mean, coupling.layers[product.layer], len(columns))
         self.clear()
         return columns

@@ -147,9 +147,14 @@ class Scores:
         h_u = mean_n Σ_v (∂⟨f, v⟩/∂z[n, u])² over the cotangents v of ``loss`` (see ``taylorkern.curvature``):
         "cross_entropy", "mse", "bce_with_logits", a ``CrossEntropy``, or a callable of (logits, targets) that returns
         them. ``method`` "sketch" and "mc" are unbiased estimates from ``draws`` draws; "exact" takes a backward per
-        column. With batch statistics in training, samples act on one another, and h leaves out the products of
-        different samples' rows. With ``every_n`` above 1 the first call after a reset counts, then every n-th one; the
+        column. With ``every_n`` above 1 the first call after a reset counts, then every n-th one; the
         others do nothing.
+
+        With batch statistics (batch normalisation in training) samples act on one another. h then leaves out the
+        products of different samples' rows, and comes out several times larger than the Gauss-Newton diagonal of the
+        training-mode loss; "exact", which sends a class's column through all samples at once, is not the mean of the
+        estimates there. Scoring in evaluation mode is exact, and ranks better for a network that will be evaluated
+        (``bench/study/hessian.py`` measures both).
 
         Raises ValueError for an unknown loss or method, ``draws`` or ``every_n`` below 1, or logits that depend on no
         gate, and RuntimeError where the logits' graph has been freed.
