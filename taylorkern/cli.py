@@ -3,13 +3,16 @@
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import taylorkern as tk
 from taylorkern.backends.toolchain import BuildError
+from taylorkern.resolve import ResolveError, resolve
 
 STDOUT = "-"
 
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json not in (None, STDOUT):
             _check_writable(Path(options.json))
         command(options)
-    except (BuildError, CommandError, OSError, tk.StoreError, tk.SurgeryError) as error:
+    except (BuildError, CommandError, OSError, ResolveError, tk.StoreError, tk.SurgeryError) as error:
         print(f"taylorkern: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,16 +56,119 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="keep the summary, network and pictures here")
     demo.add_argument("--quick", action="store_true", help="a shorter training, under a minute")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (default 0)")
+    _add_oracle_options(
+        add("oracle", _oracle, "measure what each channel's removal does, and correlate every criterion")
+    )
     add("doctor", _doctor, "say which backend serves each operation, and why")
     build = add("build", _build, "compile the kernels now, ahead of their first use")
     build.add_argument("--out", type=Path, metavar="DIR", help="compile into DIR instead of the cache")
     return parser
 
 
-def _demo(options: argparse.Namespace) -> None:
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+def _add_oracle_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", metavar="FILE.py:FUNCTION", help="returns a trained torch.nn.Module, called with the seed if it "
+        "takes one (default: a small residual network, trained on digits)")  # fmt: skip
+    add("--data", metavar="FILE.py:FUNCTION", help="returns an iterable of (inputs, targets), called with the seed if "
+        "it takes one (default: digits)")  # fmt: skip
+    add("--loss", default="cross_entropy", metavar="NAME", help="cross_entropy (default), mse or bce_with_logits")
+    add("--criteria", type=_names, metavar="A,B,...", help="criteria to compare (default: all that apply)")
+    add("--methods", type=_names, default=["sketch"], metavar="A,B,...",
+        help="curvature for the criteria that need it: sketch (default), mc, exact")  # fmt: skip
+    add("--units", type=_positive, metavar="K", help="a random sample of K units of each network (default: all)")
+    add("--minibatches", type=_positive, metavar="B", help="the first B of the data (default 8, with --quick 3)")
+    add("--seeds", type=_positive, metavar="N", help="networks, of seeds 0 to N-1 (default 3, with --model 1)")
+    add("--together", type=_positive, default=16, metavar="K", help="units measured in one forward (default 16)")
+    add("--quick", action="store_true", help="a shorter training of the default network, fewer minibatches")
+    add("--out", type=Path, metavar="DIR", help="keep measurements here, to go on from after an interruption, and "
+        "comparison.json, table.txt and scatter plots")  # fmt: skip
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _oracle(options: argparse.Namespace) -> None:
+    needed = {"scipy": True, "matplotlib": options.out, "sklearn": not (options.model and options.data)}
+    _check_installed("the oracle", [name for name, wanted in needed.items() if wanted])
+    from taylorkern import tables
+
+    result = _compared(options)
+    result["command"] = _repeating(options)
+    if options.out:
+        from taylorkern import report
+
+        _write(options.out / "comparison.json", result)
+        (options.out / "table.txt").write_text(tables.tell(result) + "\n")
+        for network in result["networks"]:
+            picture = options.out / f"scatter-seed{network['seed']}.png"
+            report.scatter(network).savefig(picture, dpi=110, facecolor="white")
+    _answer(options.json, result, tables.tell)
+    if options.out:
+        print(f"comparison.json, table.txt, pictures and measurements are in {options.out}", file=sys.stderr)
+
+
+def _compared(options: argparse.Namespace) -> dict[str, Any]:
+    from taylorkern.comparison import compare
+    from taylorkern.demo import trained
+
+    models = resolve(options.model) if options.model else partial(trained.network, quick=options.quick)
+    data = resolve(options.data) if options.data else trained.batches
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        return compare(
+            models,
+            data,
+            options.loss,
+            seeds=range(options.seeds or (1 if options.model else 3)),
+            criteria=options.criteria,
+            methods=options.methods,
+            units=options.units,
+            minibatches=options.minibatches or (3 if options.quick else 8),
+            together=options.together,
+            folder=options.out,
+            progress=True,
+        )
+    except (ValueError, RuntimeError) as error:  # torch's own as well: a model that does not fit its data
+        raise CommandError("; ".join(str(error).splitlines())) from error
+    except KeyboardInterrupt:
+        if options.out:
+            print(f"taylorkern: what is measured is in {options.out}; the same command goes on there", file=sys.stderr)
+        raise
+
+
+def _repeating(options: argparse.Namespace) -> str:
+    """The command that makes this result again."""
+    given = {
+        "--model": options.model,
+        "--data": options.data,
+        "--loss": options.loss,
+        "--criteria": options.criteria and ",".join(options.criteria),
+        "--methods": ",".join(options.methods),
+        "--units": options.units,
+        "--minibatches": options.minibatches,
+        "--seeds": options.seeds,
+        "--together": options.together,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["taylorkern", "oracle", *words, *(["--quick"] if options.quick else [])])
+
+
+def _check_installed(what: str, packages: Sequence[str]) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"the demo needs {' and '.join(missing)}: pip install 'taylorkern[demo]'")
+        raise CommandError(f"{what} needs {' and '.join(missing)}: pip install 'taylorkern[demo]'")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _check_installed("the demo", ["sklearn", "matplotlib"])
     from taylorkern.demo.run import run
 
     summary = run(quick=options.quick, seed=options.seed, out=options.out)

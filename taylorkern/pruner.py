@@ -243,7 +243,7 @@ def _attached(model: nn.Module) -> list[Scores]:
 
 
 def _followed(model: nn.Module) -> Coupling | None:
-    """The coupling of an attached Scores: after cuts it may still count the last unit of a layer, which couple won't."""
+    """The coupling of an attached Scores: after cuts it may count the last unit of a layer, which couple does not."""
     return next((s.coupling for s in _attached(model) if s.coupling.consumers and s.coupling.fits(model)), None)
 
 

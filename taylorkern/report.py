@@ -1,13 +1,15 @@
-"""Pictures of a pruning run, drawn from its summary: the way down, the widths, the scores."""
+"""Pictures: a pruning run's way down, widths and scores, and importances against what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 DENSE, PRUNED, LOSS, INK, FAINT = "#b9c4d0", "#1f6f8b", "#c8553d", "#2b2d33", "#e6e9ed"
 
@@ -88,6 +90,79 @@ def scores(summary: Mapping[str, Any]) -> Figure:
     axes.set_title(told, loc="left", fontsize=11, color=INK)
     _tidy(axes, grid="x")
     return figure
+
+
+def scatter(network: Mapping[str, Any]) -> Figure:
+    """One panel per criterion: each unit's importance against its measured (ΔL)², coloured by its first layer.
+
+    ``network`` is one of the "networks" of ``taylorkern.comparison.compare``. What is zero lies on the axis.
+    """
+    names = list(network["importance"])
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.1 * columns + 0.9, 2.95 * rows + 0.75), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    truth, depth = _floats(network["truth"]), _first_layer(network)
+    shades = ScalarMappable(Normalize(0, max(1, len(network["layers"]) - 1)), "viridis")
+    for axes, name in zip(panels.flat, names, strict=False):
+        _cloud(axes, _floats(network["importance"][name]), truth, shades.to_rgba(depth))
+        told = network["correlation"]["all"][name]
+        axes.set_title(name, loc="left", fontsize=10.5, color=INK, pad=16)
+        coefficients = "   ".join(f"{kind.capitalize()} {_told(told[kind])}" for kind in told)
+        axes.text(0, 1.03, coefficients, transform=axes.transAxes, fontsize=7.2, color=INK)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    bar = figure.colorbar(shades, ax=panels, shrink=0.4, aspect=30, pad=0.01)
+    bar.set_ticks([0, max(1, len(network["layers"]) - 1)], labels=["first", "last"])
+    bar.set_label("layer", labelpad=-12)
+    bar.outline.set_visible(False)
+    figure.supxlabel("importance", fontsize=10, color=INK)
+    figure.supylabel("measured (ΔL)²", fontsize=10, color=INK)
+    figure.suptitle(
+        f"{network['model']}, seed {network['seed']}: {len(truth)} units, {network['minibatches']} minibatches",
+        x=0.01, ha="left", fontsize=11, color=INK,
+    )  # fmt: skip
+    return figure
+
+
+def _cloud(axes: Axes, importance: np.ndarray, truth: np.ndarray, colours: np.ndarray) -> None:
+    """Log against log; what can't be drawn there is left out, but for zeros, which are put at the least value."""
+    drawn = np.isfinite(importance) & np.isfinite(truth)
+    x, y = (np.maximum(values[drawn], _least(values[drawn])) for values in (importance, truth))
+    if not len(x):
+        axes.text(0.5, 0.5, "no unit to draw", transform=axes.transAxes, ha="center", fontsize=8, color=INK)
+        axes.set(xticks=[], yticks=[])
+        return
+    axes.scatter(x, y, s=9, c=colours[drawn], alpha=0.75, linewidths=0)
+    axes.set(xscale="log", yscale="log")
+    for axis, values in ((axes.xaxis, x), (axes.yaxis, y)):
+        axis.set_major_locator(LogLocator(numticks=5))
+        axis.set_minor_locator(NullLocator())
+        if values.max() < 30 * values.min():  # hardly a power of ten in it
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+    axes.tick_params(labelsize=7.5)
+    _tidy(axes, grid="both")
+
+
+def _least(values: np.ndarray) -> float:
+    return min(values[values > 0], default=1.0)
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _first_layer(network: Mapping[str, Any]) -> np.ndarray:
+    """For each unit the number of the first layer it has a place in."""
+    depth = np.zeros(len(network["units"]))
+    for number, positions in reversed(list(enumerate(network["layers"].values()))):
+        depth[positions] = number
+    return depth
+
+
+def _told(coefficient: float | None) -> str:
+    return "–" if coefficient is None else f"{coefficient:.2f}"
 
 
 def _tidy(axes: Axes, grid: str = "y") -> None:

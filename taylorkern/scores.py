@@ -23,7 +23,7 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "filter_norm": weights.filter_norm,
 }
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
-_FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
+FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 # What costs a pass of its own is collected only for criteria that were announced.
 _ON_REQUEST: dict[str, Callable[[nn.Module, Coupling], weights.WeightSquares | OutputProducts]] = {
     "weight_squared": weights.WeightSquares,
@@ -82,7 +82,7 @@ class Scores:
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
         self._extras = {need: make(model, self.coupling) for need, make in _ON_REQUEST.items() if need in wanted}
-        self._names = (*_FROM_GATES, *_FROM_CURVATURE, *self._extras)
+        self._names = (*_FROM_GATES, *FROM_CURVATURE, *self._extras)
         self._attach()
         if not alone:
             self._check_differentiable(example_inputs)
@@ -356,7 +356,7 @@ class Scores:
                 f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
                 stacklevel=4,
             )
-        if need in _FROM_CURVATURE:
+        if need in FROM_CURVATURE:
             count = self._curvatures()
         judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
         return torch.where(judged.to(self._sums[need].device), self._sums[need] / count, torch.inf)

@@ -1,13 +1,21 @@
 """The oracle: its ΔL is the cut network's loss less the dense one's, and what the expansions tend to."""
 
 import copy
+import doctest
+import json
+import os
+import re
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import taylorkern as tk
+from taylorkern import measurements
+from taylorkern.oracle import WHOLE, Minibatch
 from taylorkern.surgery import cut
 from tests.cases import distance, normal
 from tests.networks import plain, residual
@@ -90,3 +98,344 @@ def test_what_it_can_not_measure_is_refused():
     with pytest.raises(ValueError, match="pass together=1"):
         tk.oracle(named, x, loss, [(x, target)])
     assert tk.oracle(named, x, loss, [(x, target)], together=1).isfinite().all()
+
+
+SAMPLES, TOGETHER = 6, 7
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stopping_after(calls):
+    """The mean cross-entropy, ``calls`` times."""
+    left = iter(range(calls))
+
+    def loss(output, target):
+        if next(left, None) is None:
+            raise StoppedError
+        return F.cross_entropy(output, target)
+
+    return loss
+
+
+def measured(model, batches, file, loss=F.cross_entropy, **options):
+    """The oracle's changes, and how many copies of a minibatch ran for them; the example is of one sample."""
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[0]))
+    try:
+        changes = tk.oracle(model, batches[0][0][:1], loss, batches, file=file, **{"together": TOGETHER, **options})
+    finally:
+        hook.remove()
+    return changes, sum(size // SAMPLES for size in sizes if size >= SAMPLES)
+
+
+def columns_measured(file):
+    return int(safetensors.torch.load_file(file)["measured"].sum())
+
+
+# The first group of units is preceded by a check of 1 + 7 copies, so the first minibatch, of 36 units, ends at 45.
+@pytest.mark.parametrize("calls", [0, 1, 9, 40, 44, 45, 46, 80])
+def test_an_interrupted_oracle_goes_on_where_it_stopped(tmp_path, calls):
+    model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
+    whole, runs = measured(model, batches, None)
+    columns = 2 * (1 + whole.shape[1])
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(calls))
+    done = columns_measured(file)
+    assert done >= calls - 2 * (1 + TOGETHER) - TOGETHER
+    changes, again = measured(model, batches, file)
+    assert torch.equal(changes, whole)
+    assert runs == columns + 1 + TOGETHER
+    assert again == columns - done + 1 + TOGETHER + (done > 0)  # and the first loss, which tells another loss apart
+    assert columns_measured(file) == columns
+    changes, again = measured(model, batches, file)
+    assert torch.equal(changes, whole)
+    assert again == 1
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_what_was_written_within_a_minibatch_outlives_a_kill(tmp_path, monkeypatch):
+    model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
+    whole, _ = measured(model, batches, None)
+    monkeypatch.setattr(measurements.Measurements, "__exit__", lambda *_: None)  # nothing is tidied up
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(30))
+    assert columns_measured(file) == 0
+    monkeypatch.setattr(measurements, "PAUSE", -1.0)
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(30))
+    assert columns_measured(file) == 1 + 2 * TOGETHER + TOGETHER * ((30 - 1 - 8) // TOGETHER - 2)
+    assert torch.equal(measured(model, batches, file)[0], whole)
+
+
+def test_the_same_random_numbers_are_drawn_after_an_interruption(tmp_path):
+    model = nn.Sequential(residual(), nn.Dropout(0.5)).double().train()
+    batches, file = [batch(1), batch(2)], tmp_path / "oracle.safetensors"
+    whole, _ = measured(model, batches, None)
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(40))
+    torch.manual_seed(99)
+    assert torch.equal(measured(model, batches, file)[0], whole)
+    assert whole.isfinite().all()
+
+
+def test_more_or_fewer_minibatches_than_the_file_holds(tmp_path):
+    model, batches, file = made(residual), [batch(seed) for seed in range(3)], tmp_path / "oracle.safetensors"
+    whole, _ = measured(model, batches, None)
+    assert torch.equal(measured(model, batches[:2], file)[0], whole[:2])
+    before = file.read_bytes()
+    assert torch.equal(measured(model, batches[:1], file)[0], whole[:1])
+    assert file.read_bytes() == before
+    assert torch.equal(measured(model, batches, file)[0], whole)
+    generator = (pair for pair in batches)
+    assert torch.equal(tk.oracle(model, batches[0][0], F.cross_entropy, generator, together=7, file=file), whole)
+
+
+def test_a_loss_that_is_nan_is_measured_all_the_same(tmp_path):
+    model, batches, file = made(residual), [batch(1)], tmp_path / "oracle.safetensors"
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        return F.cross_entropy(output, target) * (torch.nan if len(calls) == 4 else 1)
+
+    first, _ = measured(model, batches, file, loss, together=1)
+    assert first.isnan().nonzero().tolist() == [[0, 2]]
+    second, runs = measured(model, batches, file, together=1)
+    assert torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+    assert runs == 1
+
+
+def test_files_of_something_else_are_refused_and_left_alone(tmp_path):
+    model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(70))
+    before = file.read_bytes()
+    other = copy.deepcopy(model)
+    other[1].running_mean[0] += 1e-9
+    x, target = batches[1]
+    changed = target.clone()
+    changed[3] = 4 - changed[3]
+    refused = [
+        (made(plain), batches, {}, "another model"),
+        (other, batches, {}, "other parameters or buffers"),
+        (copy.deepcopy(model).train(), batches, {}, "another mode"),
+        (model, batches, {"units": [1, 2]}, "other units (36 of them; this call asks for 2)"),
+        (model, batches[::-1], {}, "minibatch 0 had other inputs or targets"),
+        (model, [batches[0], (x, changed)], {}, "minibatch 1 had other inputs or targets"),
+        (model, [batches[0], (x + 1e-12, target)], {}, "minibatch 1 had other inputs or targets"),
+        (model, batches, {"loss": lambda f, t: F.multi_margin_loss(f, t)}, "another loss"),
+    ]
+    for wrong, pairs, options, message in refused:
+        with pytest.raises(ValueError, match=re.escape(message)) as told:
+            measured(wrong, pairs, file, **options)
+        assert str(file) in str(told.value)
+        assert "name another file" in str(told.value)
+        assert file.read_bytes() == before, message
+    assert torch.equal(measured(model, batches, file)[0], measured(model, batches, None)[0])
+
+
+def test_damaged_files_are_refused_and_left_alone(tmp_path):
+    model, batches, good = made(residual), [batch(1)], tmp_path / "good.safetensors"
+    measured(model, batches, good)
+    content = good.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    losses, _ = json.loads(content[8 : 8 + size])["losses"]["data_offsets"]
+    flipped, altered = bytearray(content), bytearray(content)
+    flipped[8 + size + losses + 30] ^= 1
+    altered[content.index(b"minibatches") + 20] ^= 1
+    damaged = {
+        "is damaged": [content[:-5], b"", b"not a safetensors file", bytes(flipped), bytes(altered)],
+        "not an oracle's": [safetensors.torch.save({"losses": torch.zeros(1, 4)})],
+    }
+    file = tmp_path / "bad.safetensors"
+    for message, contents in damaged.items():
+        for bad in contents:
+            file.write_bytes(bad)
+            with pytest.raises(ValueError, match=message):
+                measured(model, batches, file)
+            assert file.read_bytes() == bad
+
+
+def test_a_file_that_can_not_be_written_fails_before_the_work(tmp_path):
+    def never(output, target):
+        raise AssertionError("measured before the file was tried")
+
+    with pytest.raises(OSError):
+        measured(made(residual), [batch(1)], tmp_path / "missing" / "oracle.safetensors", never)
+    with pytest.raises(OSError):
+        measured(made(residual), [batch(1)], tmp_path, never)
+
+
+def test_a_writing_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    model, batches, file = made(residual), [batch(1)], tmp_path / "oracle.safetensors"
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(20))
+    before = file.read_bytes()
+
+    def full(*_):
+        raise OSError("no room left")
+
+    monkeypatch.setattr(measurements.os, "fsync", full)
+    with pytest.raises(OSError, match="no room"):
+        measured(model, batches, file)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    measured(made(residual), [batch(1)], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert columns_measured(tmp_path / "target")
+
+
+@pytest.mark.parametrize("units", [[-1], [0, 10_000], [0.5], [True, False], [[1]]])
+def test_units_that_are_no_indices_are_refused(units):
+    x, target = batch(1)
+    with pytest.raises(ValueError, match="units must be a list of indices"):
+        tk.oracle(made(residual), x, F.cross_entropy, [(x, target)], units=units)
+
+
+def test_units_may_be_none_at_all_or_a_tensor():
+    model, (x, target) = made(residual), batch(1)
+    assert tk.oracle(model, x, F.cross_entropy, [(x, target)], units=[]).shape == (1, 0)
+    assert tk.oracle(model, x, F.cross_entropy, [], units=torch.tensor([3, 1])).shape == (0, 2)
+    with pytest.raises(ValueError, match="together=0"):
+        tk.oracle(model, x, F.cross_entropy, [(x, target)], together=0)
+
+
+def test_a_loss_of_many_numbers_is_refused_and_a_plain_number_is_not():
+    model, (x, target) = made(residual), batch(1)
+    with pytest.raises(ValueError, match="mean over the samples"):
+        tk.oracle(model, x, lambda f, t: F.cross_entropy(f, t, reduction="none"), [(x, target)])
+    plain_number = tk.oracle(model, x, lambda f, t: float(F.cross_entropy(f, t)), [(x, target)])
+    assert torch.equal(plain_number, tk.oracle(model, x, F.cross_entropy, [(x, target)]))
+
+
+class Scaled(nn.Module):
+    """Takes a scalar and a vector of C beside its images, and writes into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = residual()
+
+    def forward(self, factor, x, shift):
+        x *= factor
+        shift *= 2
+        return self.net(x + shift[:, None, None])
+
+
+def test_scalars_and_vectors_beside_the_batch_are_not_repeated_nor_are_inputs_written_to():
+    torch.manual_seed(0)
+    model = Scaled().double().eval()
+    x, target = batch(1)
+    inputs = (torch.tensor(0.5, dtype=torch.float64), x, torch.tensor([0.1, 0.2], dtype=torch.float64))
+    before = copy.deepcopy(inputs)
+    alone = tk.oracle(model, inputs, F.cross_entropy, [(inputs, target)], together=1)
+    assert distance(tk.oracle(model, inputs, F.cross_entropy, [(inputs, target)]), alone) < 1e-9
+    assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
+    with pytest.raises(ValueError, match="no tensor"):
+        tk.oracle(made(residual), x, F.cross_entropy, [(0.5, target)])
+
+
+def test_samples_that_meet_in_batch_statistics_are_measured_one_unit_at_a_time():
+    torch.manual_seed(0)
+    model = residual().double().eval()
+    for i, module in enumerate(model):
+        if isinstance(module, nn.BatchNorm2d):
+            model[i] = nn.BatchNorm2d(module.num_features, track_running_stats=False).double().eval()
+    x, target = batch(1)
+    alone = tk.oracle(model, x, F.cross_entropy, [(x, target)], together=1)
+    assert torch.equal(tk.oracle(model, x, F.cross_entropy, [(x, target)], together=16), alone)
+    half = made(residual)
+    half[3].bn1.train()  # evaluation but for one layer
+    alone = tk.oracle(half, x, F.cross_entropy, [(x, target)], together=1)
+    assert torch.equal(tk.oracle(half, x, F.cross_entropy, [(x, target)], together=16), alone)
+
+
+class Centred(nn.Module):
+    """Takes the batch's mean off, as no module tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = residual()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return 5 * (logits - logits.mean(0))
+
+
+class Placed(nn.Module):
+    """Adds a code to each sample's place in the batch: no larger batch fits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.code = residual(), nn.Parameter(torch.ones(SAMPLES, 5))
+
+    def forward(self, x):
+        return self.net(x) + self.code[: max(1, len(x))]
+
+
+def test_models_that_can_not_take_several_copies_are_told_so():
+    x, target = batch(1)
+    for build, message in ((Centred, "act on one another"), (Placed, "smaller together=, at last 1")):
+        model = made(build)
+        with pytest.raises(ValueError, match=message):
+            tk.oracle(model, x, F.cross_entropy, [(x, target)])
+        assert tk.oracle(model, x, F.cross_entropy, [(x, target)], together=1).isfinite().all()
+
+
+def test_one_bar_counts_all_minibatches_and_goes_on_too(tmp_path, capsys):
+    model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
+    units = len(tk.couple(model, batches[0][0]).units)
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(2 * units), progress=True)
+    capsys.readouterr()
+    measured(model, batches, file, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    counts = [int(n) for n in re.findall(rf"(\d+)/{2 * units} ", err)]
+    assert counts[0] >= units
+    assert counts[-1] == 2 * units
+    assert err.count("\n") == 1
+    measured(model, batches, None)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_copied_file_goes_on_elsewhere(tmp_path):
+    model, batches, file = made(residual), [batch(1)], tmp_path / "oracle.safetensors"
+    with pytest.raises(StoppedError):
+        measured(model, batches, file, stopping_after(30))
+    shutil.copy(file, tmp_path / "copy.safetensors")
+    assert torch.equal(measured(model, batches, tmp_path / "copy.safetensors")[0], measured(model, batches, None)[0])
+
+
+def test_the_whole_network_is_no_unit():
+    model, (x, target) = made(residual), batch(1)
+    found = Minibatch(model, tk.couple(model, x), x, target, F.cross_entropy, seed=0).losses(torch.tensor([WHOLE]))
+    assert torch.equal(found, F.cross_entropy(model(x), target).detach().reshape(1))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+        (torch.zeros(4), torch.zeros(2, 2)),
+        ([torch.zeros(1), torch.ones(1)], [torch.ones(1), torch.zeros(1)]),
+        ({"a": 1}, {"b": 1}),
+        ([[1], 2], [[1, 2]]),
+        ((torch.zeros(1), 1.0), (torch.zeros(1), 2.0)),
+        (torch.arange(3).numpy(), torch.arange(1, 4).numpy()),
+    ],
+)
+def test_digests_tell_contents_apart(one, other):
+    assert measurements.digest(one) == measurements.digest(copy.deepcopy(one))
+    assert measurements.digest(one) != measurements.digest(other)
+
+
+def test_the_documentations_examples():
+    for module in (tk.oracle.__globals__["__name__"], "taylorkern.measurements"):
+        found = doctest.testmod(__import__(module, fromlist=["x"]))
+        assert found.attempted and not found.failed
