@@ -1,6 +1,6 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
-# PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the command.
+# PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the (first) command.
 .PHONY: help install demo test lint zoo study peers curvature nvcc-check wheel-check clean
 .DELETE_ON_ERROR:
 
@@ -52,7 +52,7 @@ zoo: $(STAMP)
 
 study: $(STAMP)
 	$(RUN) -m bench.study $(ARGS)
-	$(RUN) -m bench.study.hessian
+	$(RUN) -m bench.study.hessian $(HESSIAN_ARGS)
 
 $(BENCH): $(STAMP)
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'

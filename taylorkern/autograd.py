@@ -17,26 +17,27 @@ class InplaceError(RuntimeError):
 class ChannelGate(torch.autograd.Function):
     """y = a · z for a gate z [N, C] of ones: forward hands ``a`` on, backward adds dL/dz = channel_scores(a, dy).
 
-    ``view`` shows an output-shaped tensor as [N, C, *S]. ``recompute`` returns ``a`` once more, for the case that
-    y was overwritten in place (``relu_``, ``+=``) after it was handed out.
+    ``e`` is a gate [N, C, *S] of ones, or None: its gradient is a·dy. ``view`` shows an output-shaped tensor as
+    [N, C, *S]. ``recompute`` returns ``a`` once more, for the case that y was overwritten in place (``relu_``, ``+=``)
+    after it was handed out.
     """
 
     @staticmethod
     def forward(
-        a: Tensor, z: Tensor, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor] | None
+        a: Tensor, z: Tensor, e: Any, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor] | None
     ) -> Tensor:
         # Not tracked as a view: autograd forbids in-place operations on views made inside a Function.
         return torch.ops.aten._unsafe_view.default(a, a.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, _, ctx.view, ctx.recompute = inputs
+        *_, ctx.view, ctx.recompute = inputs
         ctx.save_for_backward(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        s = None
+        s = product = None
         if ctx.needs_input_grad[1]:
             try:
                 (a,) = ctx.saved_tensors
@@ -44,24 +45,28 @@ class ChannelGate(torch.autograd.Function):
                 if ctx.recompute is None or not _overwritten(error):
                     raise
                 a = ctx.recompute()
-            s = ops.channel_scores(ctx.view(a), ctx.view(dy.to(a.dtype)))
-        return dy, s, None, None
+            a, dy_seen = ctx.view(a), ctx.view(dy.to(a.dtype))
+            s = ops.channel_scores(a, dy_seen)
+            if ctx.needs_input_grad[2]:
+                product = a.to(s.dtype) * dy_seen
+        return dy, s, product, None, None
 
 
 class BatchNormAct(torch.autograd.Function):
-    """Backward of a batch normalisation that has run already, with a gate z [N, C] on its affine output.
+    """Backward of a batch normalisation that has run already, with a gate z [N, C] on its affine output a.
 
+    ``e`` is a gate [N, C, *S] there, or None, without an activation behind it: its gradient is a·dy.
     ``y``, ``mean`` and ``var`` are what ``ops.batch_norm_act``, or torch's own forward, made of ``x`` without
     gradients; y is handed on, with the gradients of ``x``, ``residual``, ``weight``, ``bias`` and z attached.
     """
 
     @staticmethod
-    def forward(x: Tensor, residual: Any, weight: Any, bias: Any, z: Tensor, y: Tensor, *_: Any) -> Tensor:
+    def forward(x: Tensor, residual: Any, weight: Any, bias: Any, z: Any, e: Any, y: Tensor, *_: Any) -> Tensor:
         return torch.ops.aten._unsafe_view.default(y, y.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, residual, weight, bias, _, _, mean, var, ctx.training, ctx.eps, ctx.activation = inputs
+        x, residual, weight, bias, _, _, _, mean, var, ctx.training, ctx.eps, ctx.activation = inputs
         ctx.masked_by_y = residual is not None and ctx.activation != "none"
         ctx.save_for_backward(x, output if ctx.masked_by_y else None, weight, bias, mean, var)
 
@@ -81,7 +86,8 @@ class BatchNormAct(torch.autograd.Function):
             dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.masked_by_y
         )
         dresidual = dz if ctx.masked_by_y else dy
-        gradients = (dx, dresidual, _as(dweight, weight), _as(dbias, bias), s, None, None, None, None, None, None)
+        product = _affine(x, weight, bias, mean, var, ctx.eps) * dy if ctx.needs_input_grad[5] else None
+        gradients = (dx, dresidual, _as(dweight, weight), _as(dbias, bias), s, product, *[None] * 6)
         wanted = ctx.needs_input_grad
         return tuple(g if needed else None for g, needed in zip(gradients, wanted, strict=True))
 
@@ -92,3 +98,13 @@ def _overwritten(error: RuntimeError) -> bool:
 
 def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else gradient.to(parameter.dtype)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """A batch normalisation's output [N, C, *S] from its input and statistics, in the accumulator's dtype."""
+    x = x.to(mean.dtype)
+    return torch.nn.functional.batch_norm(x, mean, var, _as_like(weight, x), _as_like(bias, x), False, 0.0, eps)
+
+
+def _as_like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)

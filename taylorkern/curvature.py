@@ -125,6 +125,11 @@ LOSSES: dict[str, Loss] = {
 }
 METHODS = ("sketch", "mc", "exact")
 
+_OWN = (
+    f"Pass one of {', '.join(map(repr, LOSSES))}, a CrossEntropy, or a callable of (logits, targets) that returns the "
+    "cotangents v, each of the logits' shape, with Σ v vᵀ = H, the loss's Hessian at one sample's logits"
+)
+
 # A user's own rule: logits and targets to cotangents v with Σ v vᵀ = H_n, one backward each.
 Cotangents = Callable[[Tensor, Tensor | None], Iterable[Tensor]]
 
@@ -139,22 +144,37 @@ def cotangents(
 ) -> Iterator[Tensor]:
     """The cotangents of one draw: a single one for "sketch" and "mc", all of them for "exact" or a user's callable.
 
-    Raises ValueError for a loss without a rule or an unknown method.
+    Raises ValueError for logits that are no tensor, a loss without a rule or whose cotangents don't have the logits'
+    shape, or an unknown method.
     """
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"logits must be one tensor, not a {type(logits).__name__}: pass the output that the loss takes"
+        )
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if isinstance(loss, str) and loss not in LOSSES:
-        raise ValueError(
-            f"there is no rule for loss {loss!r}; known are {', '.join(LOSSES)}. Pass a callable of (logits, targets) "
-            "that returns the cotangents v with Σ v vᵀ = H, the loss's Hessian at one sample's logits"
-        )
+        raise ValueError(f"there is no rule for loss {loss!r}. {_OWN}")
     rule = LOSSES[loss] if isinstance(loss, str) else loss
     if callable(rule):
-        yield from rule(logits.detach(), targets)
+        yield from _of_callable(rule, logits.detach(), targets)
     elif method == "exact":
         yield from rule.exact(logits.detach(), targets)
     else:
         yield getattr(rule, method)(logits.detach(), targets, generator)
+
+
+def _of_callable(rule: Cotangents, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+    found = rule(logits, targets)
+    name = getattr(rule, "__name__", type(rule).__name__)
+    if isinstance(found, Tensor) or not isinstance(found, Iterable):
+        kind = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"loss={name} returned {kind}, not cotangents: it seems to be the loss itself. {_OWN}")
+    for v in found:
+        if not isinstance(v, Tensor) or v.shape != logits.shape:
+            shape = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"loss={name} gave a cotangent {shape} for logits {list(logits.shape)}. {_OWN}")
+        yield v
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -24,9 +24,11 @@ class Gate:
     Copies and pickles of a gated layer carry no gate: a copied model (an EMA, a checkpoint) scores nothing.
     """
 
-    def __init__(self, owner: "Scores") -> None:
+    def __init__(self, owner: "Scores", every_element: bool = False) -> None:
+        self.every_element = every_element  # whether a·dL/da itself is wanted as well, before the sum over S
         self._owner = weakref.ref(owner)
         self._leaves: dict[tuple[Any, ...], Tensor] = {}
+        self._elements: dict[tuple[Any, ...], Tensor] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_gate, ()
@@ -49,11 +51,11 @@ class Gate:
 
     def leaf(self, samples: int, channels: int, like: Tensor) -> Tensor:
         """z [samples, channels] of ones on ``like``'s device, in the accumulator's dtype."""
-        key = (samples, channels, accumulator(like.dtype), like.device)
-        if key not in self._leaves:
-            one = torch.ones((), dtype=key[2], device=like.device)
-            self._leaves[key] = one.expand(samples, channels).detach().requires_grad_()
-        return self._leaves[key]
+        return _leaf(self._leaves, (samples, channels), like)
+
+    def elements(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """A gate of ``shape`` [N, C, *S], whose gradient is a·dL/da, where one is wanted."""
+        return _leaf(self._elements, shape, like) if self.every_element else None
 
     def leaves(self) -> list[Tensor]:
         """The leaves that forwards have taken lately."""
@@ -61,12 +63,31 @@ class Gate:
 
     def drain(self) -> list[Tensor]:
         """Take the scores s [N, C] that have arrived since the last call."""
-        arrived = [z.grad.detach() for z in self._leaves.values() if z.grad is not None]
-        if arrived:
-            self._leaves = {key: z for key, z in self._leaves.items() if z.grad is not None}
-        for z in self._leaves.values():
-            z.grad = None
+        arrived, self._leaves = _drained(self._leaves)
         return arrived
+
+    def drain_elements(self) -> list[Tensor]:
+        """Take the products a·dL/da [N, C, *S] that have arrived since the last call."""
+        arrived, self._elements = _drained(self._elements)
+        return arrived
+
+
+def _leaf(leaves: dict[tuple[Any, ...], Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    key = (*shape, accumulator(like.dtype), like.device)
+    if key not in leaves:
+        one = torch.ones((), dtype=accumulator(like.dtype), device=like.device)
+        leaves[key] = one.expand(shape).detach().requires_grad_()
+    return leaves[key]
+
+
+def _drained(leaves: dict[tuple[Any, ...], Tensor]) -> tuple[list[Tensor], dict[tuple[Any, ...], Tensor]]:
+    """The gradients that have arrived, taken, and the leaves that are still of use."""
+    arrived = [z.grad.detach() for z in leaves.values() if z.grad is not None]
+    if arrived:
+        leaves = {key: z for key, z in leaves.items() if z.grad is not None}
+    for z in leaves.values():
+        z.grad = None
+    return arrived, leaves
 
 
 def _inside_backward() -> bool:

@@ -33,11 +33,11 @@ class _Affine(Gated):
         if self.gate is None or not self.gate.wanted():
             return a
         view = partial(_as_ncs, batched=self._batched(a), channel_dim=self.channel_dim)
-        samples, channels = view(a).shape[:2]
-        z = self.gate.leaf(samples, channels, a)
+        shape = view(a).shape
+        z, e = self.gate.leaf(shape[0], shape[1], a), self.gate.elements(shape, a)
         # Compiled code keeps the output that it overwrites.
         recompute = None if torch.compiler.is_compiling() else _Recompute(self, args, kwargs, a.dtype)
-        return ChannelGate.apply(a, z, view, recompute)
+        return ChannelGate.apply(a, z, e, view, recompute)
 
     def _batched(self, a: Tensor) -> bool:
         raise NotImplementedError
@@ -232,7 +232,7 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
     use_batch = layer.training or layer.running_mean is None
     if use_batch and x.numel() <= x.shape[1]:
         raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    z = gate.leaf(x.shape[0], x.shape[1], x)
+    z, e = gate.leaf(x.shape[0], x.shape[1], x), gate.elements(x.shape, x)
     tracked = layer.track_running_stats or not layer.training
     running = (layer.running_mean, layer.running_var) if tracked else (None, None)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
             x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
         mean, var = _used_statistics(saved if use_batch else running, use_batch, layer.eps, accumulator(x.dtype))
-    return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, y, mean, var, use_batch, layer.eps, "none")
+    return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, e, y, mean, var, use_batch, layer.eps, "none")
 
 
 def _used_statistics(

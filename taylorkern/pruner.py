@@ -1,5 +1,6 @@
 """The pruner: scores, ranked by a criterion, cut to a budget, round after round. No tensor mathematics of its own."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -166,8 +167,9 @@ def prune(
     """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
 
     ``importance`` [U] has one number per unit, in the order of the units of the ``Scores`` attached to the model, or
-    without one of ``Scores(model, example_inputs).units``; ``of`` is "flops", "params" or "channels". A ``Scores``
-    attached to the model follows the cut. What the cut network computes
+    without one of ``Scores(model, example_inputs).units``; ``of`` is "flops" (of the example inputs that found the
+    units), "params" or "channels". A ``Scores`` attached to the model follows the cut, or is detached with a warning
+    where its units are others. What the cut network computes
     is compared with the masked dense one on the example inputs in evaluation mode, in float64 where the model runs in
     it; code that takes another branch for other inputs, or other numbers in training, is not seen.
 
@@ -200,16 +202,27 @@ def prune(
 def cut_and_follow(
     model: nn.Module, coupling: Coupling, removed: Tensor, example_inputs: Any, optimizers: Sequence[Optimizer]
 ) -> Tensor:
-    """Cut, and let the Scores attached to the model follow; returns the old indices of the kept units."""
-    watching = _attached(model)
+    """Cut, and let the Scores attached to the model follow; returns the old indices of the kept units.
+
+    One whose units are others (``example_inputs=None``, or only a part of the model) can't follow and is detached.
+    """
+    watching = [scores for scores in _attached(model) if scores.coupling.fingerprint == coupling.fingerprint]
     for scores in watching:
         scores.fold()
+    others = [scores for scores in _attached(model) if scores not in watching]
     after = cut(model, coupling, removed, example_inputs, optimizers)
     stays = torch.ones(len(coupling.units), dtype=torch.bool)
     stays[removed] = False
     kept = stays.nonzero().flatten()
     for scores in watching:
         scores.rebind(after, kept)
+    for scores in others:
+        warnings.warn(
+            "a Scores attached to the model counts other units than the cut, so it can't follow: it is detached, and "
+            "holds the statistics from before the cut",
+            stacklevel=3,
+        )
+        scores.detach()
     return kept
 
 
@@ -244,7 +257,8 @@ def _attached(model: nn.Module) -> list[Scores]:
 
 def _followed(model: nn.Module) -> Coupling | None:
     """The coupling of an attached Scores: after cuts it may count the last unit of a layer, which couple does not."""
-    return next((s.coupling for s in _attached(model) if s.coupling.consumers and s.coupling.fits(model)), None)
+    couplings = (scores.coupling for scores in _attached(model) if scores.model is model)
+    return next((coupling for coupling in couplings if coupling.consumers and coupling.fits(model)), None)
 
 
 def _check_target(target: float) -> None:

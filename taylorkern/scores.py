@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .gates import Gate
 from .layers import Gated
-from .outputs import OutputProducts
+from .outputs import output_shares
 from .state import untouched
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
@@ -24,13 +23,15 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
 }
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
 FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
-# What costs a pass of its own is collected only for criteria that were announced.
-_ON_REQUEST: dict[str, Callable[[nn.Module, Coupling], weights.WeightSquares | OutputProducts]] = {
-    "weight_squared": weights.WeightSquares,
-    "output_abs": OutputProducts,
-}
+_ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
+
+
+_NO_GATE = (
+    "these logits depend on no gate: make them by a forward of the scored model, gradients on, and not inside a "
+    "reentrant checkpoint, whose graph does not exist before backward"
+)
 
 
 class Scores:
@@ -45,6 +46,7 @@ class Scores:
     before any square. A minibatch is a forward with all the backwards that follow it until the next forward; the
     loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
     A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
+    The loss must not be scaled (``GradScaler``): G would be, and h would not.
 
     ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight`` and ``taylor_output``,
     which cost a pass over the weights' gradients or the activations and so are not collected by default.
@@ -81,8 +83,9 @@ class Scores:
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
-        self._extras = {need: make(model, self.coupling) for need, make in _ON_REQUEST.items() if need in wanted}
-        self._names = (*_FROM_GATES, *FROM_CURVATURE, *self._extras)
+        self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
+        self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
+        self._names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         self._attach()
         if not alone:
             self._check_differentiable(example_inputs)
@@ -161,8 +164,8 @@ class Scores:
         """
         if draws < 1 or every_n < 1:
             raise ValueError(f"draws={draws} and every_n={every_n} must be at least 1")
-        self._asked += 1
-        if (self._asked - 1) % every_n:
+        if self._asked % every_n:
+            self._asked += 1
             return
         h = torch.zeros((), dtype=torch.float64)
         repeats = draws if method != "exact" else 1
@@ -170,6 +173,7 @@ class Scores:
             for v in cotangents(logits, targets, loss, method, generator):
                 h = h + sum(len(r) * r.square().sum(0) for r in self._rows_of(logits, v / len(logits)))
         self._h = h / repeats
+        self._asked += 1
 
     @property
     def curvature_waits(self) -> bool:
@@ -183,13 +187,10 @@ class Scores:
     def _rows_of(self, logits: Tensor, cotangent: Tensor) -> list[Tensor]:
         leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]
         if not logits.requires_grad or not leaves:
-            raise ValueError("these logits depend on no gate: make them by a forward of the scored model, gradients on")
+            raise ValueError(_NO_GATE)
         try:
-            with ExitStack() as paused:
-                for extra in self._extras.values():
-                    paused.enter_context(extra.paused())
-                ends = [z for _, z in leaves]
-                found = torch.autograd.grad(logits, ends, cotangent, retain_graph=True, allow_unused=True)
+            ends = [z for _, z in leaves]
+            found = torch.autograd.grad(logits, ends, cotangent, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -201,7 +202,7 @@ class Scores:
             if row is not None:
                 arrived.setdefault(layer, []).append(row)
         if not arrived:
-            raise ValueError("these logits depend on no gate: make them by a forward of the scored model, gradients on")
+            raise ValueError(_NO_GATE)
         return self._rows(arrived)
 
     def reset(self) -> None:
@@ -209,7 +210,8 @@ class Scores:
         self._discard()
         units = len(self.coupling.units)
         self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
-        self._sums |= {need: extra.drain(self.coupling) for need, extra in self._extras.items()}  # of nothing yet
+        if self._outputs:
+            self._sums["output_abs"] = torch.zeros(units, len(self._outputs), dtype=torch.float64)
         self._asked = 0  # calls of curvature()
         self._count = torch.zeros((), dtype=torch.int64)
         self._curved = torch.zeros((), dtype=torch.int64)  # minibatches with a curvature
@@ -223,8 +225,8 @@ class Scores:
             module = self.model.get_submodule(layer)
             if getattr(module, "gate", None) is gate:
                 module.gate = None  # type: ignore[assignment]
-        for extra in self._extras.values():
-            extra.detach()
+        if self._weight_squares:
+            self._weight_squares.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics, for ``torch.save``; what has arrived is folded first."""
@@ -286,8 +288,10 @@ class Scores:
     def _discard(self) -> None:
         self._take()
         self._h = None
-        for extra in self._extras.values():
-            extra.clear()
+        for gate in self._gates.values():
+            gate.drain_elements()
+        if self._weight_squares:
+            self._weight_squares.clear()
 
     def _take(self) -> dict[str, list[Tensor]]:
         arrived = {layer: gate.drain() for layer, gate in self._gates.items()}
@@ -312,8 +316,12 @@ class Scores:
         if self._h is not None:
             signed = self._h / 2 - gate
             minibatch |= {"curvature": self._h, "change": signed, "change_squared": signed.square()}
-        for need, extra in self._extras.items():
-            minibatch[need] = extra.drain(self.coupling).to(gate.device)
+        if self._outputs:
+            products = {layer: layer_gate.drain_elements() for layer, layer_gate in self._gates.items()}
+            products = {layer: found for layer, found in products.items() if found}
+            minibatch["output_abs"] = output_shares(products, self._outputs, self.coupling).to(gate.device)
+        if self._weight_squares:
+            minibatch["weight_squared"] = self._weight_squares.drain(self.coupling).to(gate.device)
         return minibatch
 
     def _rows(self, arrived: Mapping[str, list[Tensor]]) -> list[Tensor]:
@@ -364,7 +372,8 @@ class Scores:
     def _curvatures(self) -> int:
         if not int(self._curved):
             raise RuntimeError(
-                "no curvature yet: call scores.curvature(logits, targets) after the forward and before loss.backward()"
+                "no curvature yet: call scores.curvature(logits, targets) after the forward and before "
+                "loss.backward(), with no other forward in between"
             )
         return int(self._curved)
 
@@ -383,7 +392,7 @@ class Scores:
                 stacklevel=4,
             )
             other.detach()
-        self._gates = {layer: Gate(self) for layer in self.coupling.layers}
+        self._gates = {layer: Gate(self, every_element=bool(self._outputs)) for layer in self.coupling.layers}
         for layer, gate in self._gates.items():
             gated[layer].gate = gate
         batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))

@@ -1,8 +1,6 @@
 """Statistics per unit that come from weights rather than gates: filter norms, scales, squares of w·dw."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +51,7 @@ class WeightSquares:
         if frozen:
             raise ValueError(f"taylor_weight needs gradients of the filters, but {frozen[0]} has requires_grad=False")
         weights = {name: model.get_parameter(name) for name, _ in self._axes}
-        hooks = [weight.register_hook(_adding(self._products, name, weight)) for name, weight in weights.items()]
+        hooks = [hook for name, weight in weights.items() for hook in _adding(self._products, name, weight)]
         self._remove = weakref.finalize(self, _remove_all, hooks)
 
     def drain(self, coupling: Coupling) -> Tensor:
@@ -66,10 +64,6 @@ class WeightSquares:
         self.clear()
         return total
 
-    def paused(self) -> AbstractContextManager[None]:
-        """Nothing: a curvature's backward computes no gradient of a weight."""
-        return nullcontext()
-
     def clear(self) -> None:
         """Forget what arrived."""
         self._products.clear()
@@ -79,13 +73,19 @@ class WeightSquares:
         self._remove()
 
 
-def _adding(products: dict[str, Tensor], name: str, weight: Tensor) -> Callable[[Tensor], None]:
+def _adding(products: dict[str, Tensor], name: str, weight: Tensor) -> tuple[RemovableHandle, RemovableHandle]:
+    """Add up w·dw of what a backward accumulates, not of gradients that ``autograd.grad`` takes away."""
     # Refers to the dictionary alone: a hook that held its owner would live as long as the model.
-    def add(gradient: Tensor) -> None:
-        product = weight.detach() * gradient.detach()
+    coming: list[Tensor] = []
+
+    def note(gradient: Tensor) -> None:
+        coming[:] = [gradient.detach()]
+
+    def add(weight: Tensor) -> None:
+        product = weight.detach() * coming.pop()
         products[name] = products[name] + product if name in products else product
 
-    return add
+    return weight.register_hook(note), weight.register_post_accumulate_grad_hook(add)
 
 
 def _remove_all(hooks: list[RemovableHandle]) -> None:

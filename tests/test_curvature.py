@@ -204,6 +204,10 @@ def test_every_nth_call_counts_from_the_reset_on_and_through_saving():
     assert curved(other, other_model, 1) == 2 and curved(other, other_model, 1) == 3
     scores.reset()
     assert curved(scores, model, 1) == 1
+    scores.reset()
+    with pytest.raises(ValueError, match="no rule"):
+        scores.curvature(model(batch(0)[0]), loss="hinge", every_n=3)
+    assert curved(scores, model, 1) == 1  # a refused call is none
     with pytest.raises(ValueError, match="every_n=0"):
         scores.curvature(model(batch(0)[0]), every_n=0)
 
@@ -275,6 +279,13 @@ def test_bad_requests_say_what_to_do():
     logits = model(x)
     with pytest.raises(ValueError, match=r"no rule for loss 'hinge'.*callable"):
         scores.curvature(logits, target, loss="hinge")
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss()):
+        with pytest.raises(ValueError, match=r"seems to be the loss itself. Pass one of 'cross_entropy'"):
+            scores.curvature(logits, target, loss=loss)
+    with pytest.raises(ValueError, match=r"cotangent \[5\] for logits \[6, 5\]"):
+        scores.curvature(logits, target, loss=lambda f, t: [f[0]])
+    with pytest.raises(ValueError, match="not a tuple"):
+        scores.curvature((logits, None), target)
     with pytest.raises(ValueError, match="method 'full'"):
         scores.curvature(logits, target, method="full")
     with pytest.raises(ValueError, match="draws=0"):

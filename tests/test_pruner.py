@@ -308,3 +308,13 @@ def test_a_scores_whose_model_changed_behind_its_back_is_not_asked():
     block.conv1, block.bn1, block.conv2 = tk.Conv2d(6, 5, 3, 1, 1), tk.BatchNorm2d(5), tk.Conv2d(5, 6, 3, padding=1)
     with pytest.raises(ValueError, match=f"but this model has {len(scores.units) - 1} units"):
         tk.prune(model, x, torch.rand(len(scores.units)), target=0.7)
+
+
+def test_a_scores_of_other_units_is_detached_by_a_cut_and_keeps_what_it_has():
+    model, x = tk.convert(residual()), torch.randn(4, 2, 8, 8)
+    scores = tk.Scores(model, None, layers=["1"])
+    torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+    units = len(tk.couple(model, x).units)
+    with pytest.warns(UserWarning, match="can't follow"):
+        tk.prune(model, x, torch.rand(units), target=0.7)
+    assert scores.importance("taylor_fo").shape == (6,) and model[1].gate is None

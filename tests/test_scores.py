@@ -1,6 +1,7 @@
 """Scores: statistics per unit against explicit gates in float64, minibatch by minibatch."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -414,9 +415,6 @@ def test_taylor_output_is_normalised_per_layer_after_the_mean(build):
     want = (mean / mean.square().sum(0).sqrt()).sum(1)
     assert distance(scores.importance("taylor_output"), want) < 1e-12
     assert build is plain or any(len(unit.places) > 1 for unit in scores.units)
-    hooks = sum(len(module._forward_hooks) for module in model.modules())
-    scores.detach()
-    assert hooks and not any(module._forward_hooks for module in model.modules())
 
 
 def test_taylor_output_follows_a_cut():
@@ -445,3 +443,39 @@ def test_predicted_changes_keep_their_sign():
         scores.predicted_change("magnitude")
     with pytest.raises(RuntimeError, match="no curvature yet"):
         scores.predicted_change("taylor_so")
+
+
+@pytest.mark.parametrize("name", ["taylor_output", "taylor_weight", "taylor_fo"])
+def test_gradients_that_somebody_takes_away_are_no_scores(name):
+    """A saliency map, a gradient penalty, a curvature: nothing of them may join a minibatch's statistics."""
+    model, scores = made(residual, torch.float64, criteria=["taylor_output", "taylor_weight"])
+    model.eval()
+    x, target = batch(1, dtype=torch.float64)
+    nn.functional.cross_entropy(model(x), target).backward()
+    want = scores.importance(name)
+    scores.reset()
+    logits = model(x.requires_grad_())
+    loss = nn.functional.cross_entropy(logits, target)
+    torch.autograd.grad(100 * loss, x, retain_graph=True)
+    torch.autograd.grad(100 * loss, list(model.parameters()), retain_graph=True)
+    scores.curvature(logits, target)
+    loss.backward()
+    assert scores.minibatches == 1
+    assert distance(scores.importance(name), want) < 1e-12
+
+
+def test_copies_and_pickles_of_a_model_scored_by_its_outputs_score_nothing():
+    model, scores = made(residual, criteria=["taylor_output", "taylor_weight"])
+    train_on(model, [1])
+    want = scores.importance("taylor_output")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        train_on(other, [2])
+    assert scores.minibatches == 1 and torch.equal(scores.importance("taylor_output"), want)
+
+
+def test_a_transposed_convolution_in_groups_can_be_scored_channel_by_channel():
+    model = tk.convert(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(96, 3)))
+    scores = tk.Scores(model, None, layers=["0"], criteria=["taylor_weight"])
+    model(torch.randn(2, 4, 2, 2)).square().mean().backward()
+    assert scores.importance("taylor_fo").isfinite().all()
+    assert scores.importance("magnitude").isposinf().all() and scores.importance("taylor_weight").isposinf().all()

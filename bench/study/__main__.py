@@ -2,8 +2,8 @@
 
     python -m bench.study [--short] [--seeds N] [--out DIR] [--processes N]
 
-Each trained network's record is kept in DIR, and a study that was interrupted goes on from there. A full study writes
-bench/results/study.json and docs/study-*.png; a short one writes into DIR only.
+Each trained network's record is kept in DIR, and a study that was interrupted goes on from there. The full study writes
+bench/results/study.json and docs/study-*.png; a short one, or one of other seeds, writes into DIR only.
 """
 
 import argparse
@@ -36,17 +36,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     jobs = [(network, seed) for seed in range(plan.seeds) for network in plan.networks]
     records = all_records(jobs, plan, options.out, options.processes)
     study = {"plan": asdict(plan), "versions": _versions(), "summary": summarise(records, plan)}
-    results, pictures = (options.out, options.out) if options.short else (ROOT / "bench/results", ROOT / "docs")
-    (results / "study.json").write_text(json.dumps({**study, "networks": _compact(records)}, indent=1) + "\n")
+    whole = plan == FULL
+    results, pictures = (ROOT / "bench/results", ROOT / "docs") if whole else (options.out, options.out)
+    (results / "study.json").write_text(json.dumps(_rounded({**study, "networks": records})) + "\n")
     draw(study["summary"], records, plan, pictures)
     print(table(study["summary"], plan))
     return study
 
 
-def _compact(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One network's figures without its curves and ranks, which the summary and the pictures hold."""
-    kept = ("network", "stage", "seed", "units", "loss", "accuracy", "correlation")
-    return [{key: record[key] for key in kept} for record in records]
+def _rounded(value: Any) -> Any:
+    """Figures to five digits: nothing here is known better."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _versions() -> dict[str, str]:

@@ -51,7 +51,7 @@ def correlation(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
             colour = COLOURS.get(name, GREY)
             axes.scatter(dots, row + spread, s=9, color=colour, alpha=0.35, lw=0)
             mean = summary["correlation"]["all"][name][kind]
-            if mean["mean"] is not None:
+            if mean["low"] is not None:
                 axes.plot([mean["low"], mean["high"]], [row, row], color=INK, lw=2.2, solid_capstyle="butt")
                 axes.plot(mean["mean"], row, "o", ms=7, color=colour, mec=INK)
         axes.set_yticks(range(len(names)), names)
@@ -98,7 +98,10 @@ def schedules(summary: Mapping[str, Any], plan: Plan) -> Figure:
             points = [summary["schedules"][schedule][name][when] for schedule in SCHEDULES]
             x = np.arange(len(points)) + (i - (len(COMPARED) - 1) / 2) * 0.13
             mean = np.array([point["mean"] for point in points])
-            reach = np.abs(np.array([[point["low"], point["high"]] for point in points]).T - mean)
+            ends = [
+                [point["mean"] if end is None else end for end in (point["low"], point["high"])] for point in points
+            ]
+            reach = np.abs(np.array(ends).T - mean)
             axes.errorbar(x, mean, reach, fmt="o", ms=5, lw=1.4, color=COLOURS.get(name, GREY), label=name)
         axes.set_xticks(range(len(SCHEDULES)), list(SCHEDULES))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))

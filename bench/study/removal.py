@@ -91,7 +91,7 @@ def round_by_round(
     mask = torch.ones(len(scores.units))
     with masked(scores.model, scores.coupling.layers, mask):
         for name, variant in VARIANTS.items():
-            if name in STATIC or variant.method not in (None, "sketch"):
+            if name in STATIC or variant.method not in (None, "sketch") or variant.draws > 1:
                 continue
             mask.fill_(1)
             curve: dict[int, float] = {}

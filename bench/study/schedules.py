@@ -24,8 +24,9 @@ def schedules(model: nn.Module, batches: Batches, plan: Plan, data: Digits, seed
     """Held-out accuracy with ``plan.left`` of the channels, for every schedule and criterion of ``COMPARED``.
 
     "one-shot" scores once, cuts once and trains for ``plan.budget`` minibatches; "iterative" scores and cuts in rounds
-    and trains afterwards; "continuous" scores in the training minibatches themselves and cuts while it trains. Gives
-    the accuracy "cut", before any training behind the last cut, and "trained".
+    and trains afterwards; "continuous" scores in the training minibatches themselves, in training mode, and cuts while
+    it trains. The other two score in evaluation mode. Gives the accuracy "cut", before any training behind the last
+    cut, and "trained".
     """
     return {
         name: {criterion: run(model, criterion, batches, plan, data, seed) for criterion in COMPARED}
@@ -75,11 +76,12 @@ def _continuous(
         every=every, step=step, seed=seed,
     )  # fmt: skip
     before, stream = math.nan, minibatches(data, BATCH, torch.Generator().manual_seed(seed))
+    signs = torch.Generator().manual_seed(seed)
     for _ in range(plan.budget):
         images, labels = next(stream)
         logits = thin(images)
         if method is not None and not pruner.done:
-            pruner.scores.curvature(logits, labels, method=method)
+            pruner.scores.curvature(logits, labels, method=method, generator=signs)
         optimizer.zero_grad()
         F.cross_entropy(logits, labels).backward()
         optimizer.step()

@@ -61,7 +61,7 @@ def over_seeds(records: Iterable[Record], value: Callable[[Record], float | None
     means = [fmean(values) for values in by_seed.values()]
     if not means:
         return {"mean": None, "low": None, "high": None, "networks": 0}
-    low, high = interval(means)
+    low, high = interval(means) if len(means) > 1 else (None, None)
     return {"mean": fmean(means), "low": low, "high": high, "networks": sum(map(len, by_seed.values()))}
 
 
@@ -131,10 +131,14 @@ def _paired_accuracy(records: Sequence[Record], plan: Plan) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any], plan: Plan) -> str:
     """The tables of the README, in Markdown."""
-    rows = [["criterion", "Pearson", "Spearman", "Kendall", "Spearman within a layer"]]
-    for name, found in summary["correlation"]["all"].items():
-        rows.append([name, *(_cell(found[kind]) for kind in COEFFICIENTS), _cell(summary["by layer"][name])])
-    parts = [_markdown(rows)]
+    parts = [_bars(summary)]
+    for group, criteria in summary["correlation"].items():
+        rows = [[f"correlation, {group}", "networks", "Pearson", "Spearman", "Kendall"]]
+        for name, found in criteria.items():
+            rows.append([name, str(found["pearson"]["networks"]), *(_cell(found[kind]) for kind in COEFFICIENTS)])
+        parts.append(_markdown(rows))
+    rows = [["within a layer", "Spearman"], *([name, _cell(found)] for name, found in summary["by layer"].items())]
+    parts.append(_markdown(rows))
     rows = [["difference", "Pearson", "Spearman", "Kendall"]]
     rows += [[name, *(_cell(found[kind]) for kind in COEFFICIENTS)] for name, found in summary["difference"].items()]
     parts.append(_markdown(rows))
@@ -152,9 +156,31 @@ def table(summary: Mapping[str, Any], plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
+def _bars(summary: Mapping[str, Any]) -> str:
+    """What the study was asked to show, beside what it shows."""
+    difference, removed = summary["difference"], summary["removed 0.7 of inner channels"]
+    so, fisher = difference["taylor_so - taylor_fo"], difference["taylor_so_fisher - taylor_fo"]
+    exact = difference["taylor_so - taylor_so (exact)"]
+    rows = [
+        ["asked for", "bar", "found"],
+        ["taylor_so - taylor_fo, Pearson", "at least 0.2", _cell(so["pearson"])],
+        ["taylor_so - taylor_fo, Spearman", "at least 0.05", _cell(so["spearman"])],
+        ["taylor_so - taylor_so (exact), Pearson", "at least -0.05", _cell(exact["pearson"])],
+        ["taylor_so, Spearman", "at least 0.95", _cell(summary["correlation"]["all"]["taylor_so"]["spearman"])],
+        ["taylor_so_fisher - taylor_fo, Pearson", "above 0", _cell(fisher["pearson"])],
+        ["taylor_so_fisher - taylor_fo, Spearman", "above 0", _cell(fisher["spearman"])],
+    ]
+    for kind, criteria in removed.items():
+        what = f"accuracy, 70 % of inner channels gone, {kind}: taylor_so - taylor_fo"
+        rows += [[f"{what}, {group}", "at least 0", _cell(found)] for group, found in criteria["taylor_so"].items()]
+    return _markdown(rows)
+
+
 def _cell(found: Mapping[str, Any]) -> str:
     if found["mean"] is None:
         return "-"
+    if found["low"] is None:
+        return f"{found['mean']:.3f}"
     return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 

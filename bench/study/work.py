@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import taylorkern
 from taylorkern.demo.data import digits
 
 from .plan import Plan
@@ -19,6 +20,8 @@ from .record import record
 from .training import stages
 
 Job = tuple[str, int]  # network, seed
+# Files of this folder that a record does not depend on.
+NOT_MEASURING = ("summary.py", "pictures.py", "__main__.py")
 
 
 def all_records(jobs: Sequence[Job], plan: Plan, folder: Path, processes: int) -> list[dict[str, Any]]:
@@ -35,8 +38,7 @@ def all_records(jobs: Sequence[Job], plan: Plan, folder: Path, processes: int) -
 def _trained_and_recorded(job: Job, plan: Plan, folder: Path) -> list[dict[str, Any]]:
     """The records of one training, one per stage; from their file where the same plan has made it already."""
     network, seed = job
-    key = hashlib.sha256(json.dumps(asdict(replace(plan, seeds=0, networks=())), sort_keys=True).encode()).hexdigest()
-    file = folder / f"{network}-{seed}-{key[:8]}.json"
+    file = folder / f"{network}-{seed}-{_key(plan)}.json"
     if file.exists():
         return json.loads(file.read_text())
     threads = torch.get_num_threads()
@@ -51,3 +53,14 @@ def _trained_and_recorded(job: Job, plan: Plan, folder: Path) -> list[dict[str, 
     unfinished.write_text(json.dumps(records))
     unfinished.replace(file)
     return records
+
+
+def _key(plan: Plan) -> str:
+    """What a record depends on beside its network and seed: the plan, the code, torch."""
+    digest = hashlib.sha256(json.dumps(asdict(replace(plan, seeds=0, networks=())), sort_keys=True).encode())
+    digest.update(torch.__version__.encode())
+    for code in (Path(taylorkern.__file__).parent, Path(__file__).parent):
+        for file in sorted(code.rglob("*.py")):
+            if file.name not in NOT_MEASURING:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -60,7 +60,7 @@ class Coupling:
         weights = {
             (f"{name}.weight", _filter_dim(layer)): channels[name]
             for name, layer in layers.items()
-            if layer.weight is not None
+            if layer.weight is not None and _filters(layer) == widths[name]
         }
         norms = {f"{n}.weight" for n, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
         return cls(
@@ -187,6 +187,12 @@ def _cost_left(cost: Cost, stays: Tensor, left: Callable[[Tensor], Tensor]) -> C
 
 def _filter_dim(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def _filters(layer: nn.Module) -> int:
+    """Size of the weight's dimension of output channels: in a transposed convolution in groups, those of one group."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.shape[_filter_dim(layer)]
 
 
 def _width(layer: nn.Module) -> int:
