@@ -8,10 +8,12 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,12 +110,15 @@ class Measurements:
         if bool(row.measured.all()) or time.monotonic() - self._written > PAUSE:
             self.write()
 
-    def check_loss(self, loss: float) -> None:
-        """Raise ValueError unless ``loss``, of the first minibatch with every gate at 1, is near the file's."""
+    def check_loss(self, loss: float, precision: float) -> None:
+        """Raise ValueError unless ``loss``, of the first minibatch with every gate at 1, is the file's.
+
+        They may differ by rounding: 1e-5, or ``precision``, the model's relative rounding, where that is coarser.
+        """
         kept = float(self.rows[0].losses[0])
-        if math.isfinite(kept) and not math.isclose(loss, kept, rel_tol=1e-3, abs_tol=1e-6):
+        if math.isfinite(kept) and not math.isclose(loss, kept, rel_tol=max(1e-5, precision), abs_tol=1e-7):
             raise self._refusal(
-                f"the first minibatch had loss {kept:.6g}, and has {loss:.6g} now: another loss or code"
+                f"the first minibatch had loss {kept:.9g}, and has {loss:.9g} now: another loss or code"
             )
 
     def known(self, minibatches: int | None) -> int:
@@ -168,14 +173,19 @@ class Measurements:
 
 
 def digest(content: Any) -> str:
-    """A SHA-256 over everything in a nested structure that decides a run: tensors, arrays, texts, numbers.
+    """A SHA-256 over everything in a nested structure that decides a run: tensors, arrays, texts, numbers, objects.
+
+    Objects count by what pickle would keep of them, attributes as a rule. Raises ValueError for what can't be pickled.
 
     >>> digest((torch.zeros(2), 1)) == digest((torch.zeros(2), 1)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
     (True, False)
     """
     found = hashlib.sha256()
-    for piece in _pieces(content):
-        found.update(hashlib.sha256(piece).digest())  # of one length, so that no two sequences of pieces run together
+    try:
+        for piece in _pieces(content):
+            found.update(hashlib.sha256(piece).digest())  # of one length: no two sequences of pieces run together
+    except RecursionError as error:
+        raise _unknown(content, "something in it holds itself") from error
     return found.hexdigest()
 
 
@@ -194,26 +204,67 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def _pieces(content: Any) -> Iterator[Any]:
-    """What to hash of ``content``, each piece bytes or a buffer; objects of unknown kinds count by their type."""
+    """What to hash of ``content``, each piece bytes or a buffer."""
     yield type(content).__name__.encode()
-    if isinstance(content, Tensor):
+    if isinstance(content, str | bytes | int | float | complex | None):
+        yield repr(content).encode()
+    elif isinstance(content, Tensor):
         yield f"{content.dtype}{list(content.shape)}".encode()
-        yield content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield _bytes(content)
     elif isinstance(content, Mapping):
         for key, item in content.items():
-            yield repr(key).encode()
+            yield from _pieces(key)
             yield from _pieces(item)
         yield b"end"
-    elif isinstance(content, Sequence | Set) and not isinstance(content, str | bytes):
+    elif isinstance(content, Sequence):
         for item in content:
             yield from _pieces(item)
         yield b"end"
-    elif is_dataclass(content):
-        yield from _pieces(vars(content))
-    elif hasattr(content, "__array__"):
-        yield from _pieces(torch.as_tensor(content))
-    elif isinstance(content, str | bytes | int | float | complex | None):
-        yield repr(content).encode()
+    elif isinstance(content, Set):
+        yield from map(str.encode, sorted(map(digest, content)))  # a set's order is another in every process
+        yield b"end"
+    elif isinstance(content, type | FunctionType):
+        yield _name(content)
+    elif isinstance(content, np.ndarray | np.generic) and not isinstance(content, np.ma.MaskedArray):
+        yield f"{content.dtype}{list(content.shape)}".encode()
+        yield from _pieces(content.tolist()) if content.dtype.hasobject else (content.tobytes(),)
+    else:
+        yield from _reduced(content)
+
+
+def _name(content: type | FunctionType) -> bytes:
+    if isinstance(content, FunctionType) and "<" in content.__qualname__:
+        raise _unknown(content, "a lambda or a function within another may hold anything")
+    return f"{content.__module__}.{content.__qualname__}".encode()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    try:
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        return plain.reshape(-1).view(torch.uint8).numpy().data
+    except (RuntimeError, TypeError) as error:  # sparse, nested, quantised, without data
+        raise _unknown(tensor, str(error).splitlines()[0]) from error
+
+
+def _reduced(content: Any) -> Iterator[Any]:
+    """The pieces of an object as ``__reduce_ex__`` takes it apart: how to make it, of what, attributes, items."""
+    try:
+        parts = content.__reduce_ex__(2)
+    except Exception as error:  # an object's own code; without one, a TypeError for what pickle can't take apart
+        raise _unknown(content, str(error)) from error
+    if isinstance(parts, str):  # a name, of something that there is one of
+        yield parts.encode()
+        return
+    for part in parts:
+        yield from _pieces(list(part) if isinstance(part, Iterator) else part)
+
+
+def _unknown(content: Any, reason: str) -> ValueError:
+    kind = f"{type(content).__module__}.{type(content).__qualname__}"
+    return ValueError(
+        f"a {kind} in the inputs or targets can't be hashed ({reason}), so a minibatch can't be told from another; "
+        "call without file="
+    )
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from .measurements import Measurements, Row
 from .state import untouched
 
 WHOLE = -1  # in place of a unit: none is removed
+NOISE = 32  # roundings that a network may be off in its outputs, relative to the largest
+# What torch.backends may compute float32 in on a device, and how that rounds.
+_FLOAT32 = {"cuda": ("cudnn.conv", "cuda.matmul"), "cpu": ("mkldnn.conv", "mkldnn.matmul")}
+_COARSER = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 def oracle(
@@ -36,8 +41,9 @@ def oracle(
     The model runs in the mode it is in, evaluation for a loss that does not depend on the rest of the batch; buffers
     and random state are put back, and every run of a minibatch draws the same random numbers. ``units`` picks some
     units, by index. Where samples don't act on one another ``together`` units share a forward, the batch repeated for
-    each; it needs an output of one tensor [N, ...]. ``progress`` shows a bar on stderr. A loss is as exact as the
-    model's dtype: in float32, changes below some 1e-7 of it are noise.
+    each; it needs layers and an output of [N, ...]. In every minibatch the whole network and the unit of the largest
+    change are compared with what each gives alone. ``progress`` shows a bar on stderr. A loss is as exact as the model
+    computes it: in float32, changes below some 1e-7 of it are noise.
 
     With ``file`` the measurements are kept there, written at the end of each minibatch, every half minute within one
     and when the call is interrupted. Called again with the same model, units, minibatches and ``together`` it goes on
@@ -45,7 +51,8 @@ def oracle(
 
     Raises ValueError where the coupling finds no unit, ``units`` holds none of its indices, the output of ``together``
     units can't be told apart or is not what each gives alone, the loss is not one number, or ``file`` is damaged or
-    holds measurements of another model, other units, minibatches or another loss: it is not touched then.
+    holds measurements of another model, other units, minibatches or another loss (it is not touched then), or can't
+    tell minibatches apart for objects in them that can't be hashed.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> x, target = torch.rand(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64)
@@ -62,7 +69,6 @@ def oracle(
     kept = Measurements.of(model, coupling, chosen, Path(file) if file is not None else None)
     columns = torch.cat([torch.tensor([WHOLE]), chosen])
     count = _length(batches)
-    checked = share == 1
     changes = []
     with torch.no_grad(), kept, _bar(kept, len(chosen), count, progress) as bar:
         for b, (inputs, targets) in enumerate(batches):
@@ -70,12 +76,9 @@ def oracle(
             bar.set_postfix_str(f"minibatch {b + 1}")
             minibatch = Minibatch(model, coupling, inputs, targets, loss_fn, seed=b)
             if b == 0 and row.measured[0]:
-                kept.check_loss(float(minibatch.losses(columns[:1])))
-            for group in _groups(row, share):
-                if not checked and len(group) > 1:
-                    minibatch.check_together(columns[group], row.losses[0])
-                    checked = True
-                kept.add(row, group, minibatch.losses(columns[group]))
+                kept.check_loss(float(minibatch.losses(columns[:1])), _precision(model))
+            for group, losses in _measured(minibatch, columns, row, share):
+                kept.add(row, group, losses)
                 bar.update(int((group > 0).sum()))
             changes.append(row.changes)
     return torch.stack(changes) if changes else torch.zeros(0, len(chosen), dtype=torch.float64)
@@ -103,24 +106,50 @@ class Minibatch:
     def losses(self, removed: Tensor) -> Tensor:
         """The loss without each of the units ``removed`` [R] in turn, :data:`WHOLE` for with all; [R] in float64."""
         with untouched(self.model):
-            _seed(self.model, self.seed)
-            if len(removed) == 1:
-                return self._loss(self._output(removed)).reshape(1)
-            output = self._together(removed)
-            if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != len(removed) * self.samples:
-                raise ValueError("together > 1 needs a model whose output is one tensor [N, ...]; pass together=1")
-            return torch.stack([self._loss(part) for part in output.split(self.samples)])
+            return torch.stack([self._loss(output) for output in self._outputs(removed)])
 
-    def check_together(self, removed: Tensor, whole: Tensor) -> None:
-        """Raise ValueError unless the whole network's loss is ``whole`` beside copies without the units ``removed``."""
-        beside = self.losses(torch.cat([torch.tensor([WHOLE]), removed]))[0]
-        tolerance = torch.finfo(_dtype(self.model)).eps ** 0.4  # float32: 0.002
-        if whole.isfinite() and not abs(beside - whole) <= tolerance * max(1.0, abs(float(whole))):
-            raise ValueError(
-                f"with several units a forward the whole network's loss is {float(beside):.6g}, alone it is "
-                f"{float(whole):.6g}: the samples of a batch act on one another, or not every input is [N, ...]; "
-                "pass together=1"
-            )
+    def losses_beside(self, removed: Tensor, whole: Tensor) -> Tensor:
+        """:meth:`losses`; raises ValueError unless the whole network's loss is ``whole`` behind these copies too."""
+        with untouched(self.model):
+            *outputs, last = self._outputs(torch.cat([removed, torch.tensor([WHOLE])]))
+            losses = torch.stack([self._loss(output) for output in outputs])
+            together, tolerance = self._rounded(last)
+            _compare("the whole network's loss", together, whole, tolerance)
+        return losses
+
+    def check_alone(self, removed: Tensor, losses: Tensor, whole: Tensor) -> bool:
+        """Raise ValueError unless the unit whose ``losses`` [R] are farthest from ``whole`` has the same loss alone.
+
+        Returns whether it is farther than noise: otherwise the check tells nothing of how samples act on one another.
+        """
+        changes = (losses - whole).abs().nan_to_num(-1, -1)  # of finite ones
+        largest = int(changes.argmax())
+        with untouched(self.model):
+            (output,) = self._outputs(removed[largest : largest + 1])
+            alone, tolerance = self._rounded(output)
+        _compare(f"the loss without unit {int(removed[largest])}", losses[largest], alone, tolerance)
+        return bool(changes[largest] > tolerance)
+
+    def _rounded(self, output: Tensor) -> tuple[Tensor, float]:
+        """The loss of ``output``, and how far rounding may move it: a little of it, and what a noisy output does."""
+        eps, loss = _precision(self.model), self._loss(output.clone())  # a loss_fn may write into it
+        noisy = [loss]
+        if output.is_floating_point():
+            eps = max(eps, torch.finfo(output.dtype).eps)
+            scale = NOISE * eps * output.abs().max()
+            noisy = [self._loss(output + scale * torch.randn_like(output)) for _ in range(3)]
+        tolerance = eps**0.7 * loss.abs() + (torch.stack(noisy) - loss).abs().max()
+        return loss, float(tolerance.nan_to_num(0, 0))
+
+    def _outputs(self, removed: Tensor) -> Sequence[Any]:
+        """The model's output without each of the units ``removed`` [R] in turn; run within ``untouched``."""
+        _seed(self.model, self.seed)
+        if len(removed) == 1:
+            return [self._output(removed)]
+        output = self._together(removed)
+        if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != len(removed) * self.samples:
+            raise ValueError("together > 1 needs a model whose output is one tensor [N, ...]; pass together=1")
+        return output.split(self.samples)
 
     def _together(self, removed: Tensor) -> Any:
         try:
@@ -141,7 +170,9 @@ class Minibatch:
             batched = t.dim() and t.shape[0] == samples
             return t.repeat(copies, *[1] * (t.dim() - 1)) if batched else t.clone()
 
-        with _gated(self.model, self.coupling, gates.repeat_interleave(samples, 0)):
+        if copies > 1:
+            gates = gates.repeat_interleave(samples, 0)
+        with _gated(self.model, self.coupling, gates):
             return run(self.model, converted(self.inputs, repeated))
 
     def _loss(self, output: Any) -> Tensor:
@@ -153,6 +184,15 @@ class Minibatch:
                 "(reduction='mean')"
             )
         return loss.cpu().double().reshape(())
+
+
+def _compare(what: str, together: Tensor, alone: Tensor, tolerance: float) -> None:
+    if not torch.isclose(together, alone, rtol=0, atol=tolerance, equal_nan=True):
+        raise ValueError(
+            f"with several units a forward {what} is {float(together):.9g}, alone it is {float(alone):.9g}: "
+            "the samples of a batch act on one another, the model draws random numbers, or not every input is "
+            "[N, ...]; pass together=1"
+        )
 
 
 def _seed(model: nn.Module, seed: int) -> None:
@@ -180,6 +220,21 @@ def _samples_meet(model: nn.Module) -> bool:
     return any(module.training for module in model.modules()) or any(norm.running_mean is None for norm in norms)
 
 
+def _measured(minibatch: Minibatch, columns: Tensor, row: Row, share: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each group of columns of ``row`` that was missing, and its losses; the row's first group has the whole beside."""
+    checked = False
+    for group in _groups(row, share):
+        removed, several = columns[group], len(group) > 1
+        # Always the same group, not this call's first: a forward of other copies could round otherwise.
+        if several and int(group[0]) == 1:
+            losses = minibatch.losses_beside(removed, row.losses[0])
+        else:
+            losses = minibatch.losses(removed)
+        if several and not checked:
+            checked = minibatch.check_alone(removed, losses, row.losses[0])
+        yield group, losses
+
+
 def _groups(row: Row, share: int) -> list[Tensor]:
     """The columns of ``row`` that are not measured, column 0 by itself and ``share`` of the others at a time."""
     missing = (~row.measured).nonzero().flatten()
@@ -199,24 +254,43 @@ def _length(batches: Iterable) -> int | None:
         return None
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def _precision(model: nn.Module) -> float:
+    """The relative rounding of what ``model`` computes: its coarsest dtype's, or coarser where torch is told so."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    device = parameters[0].device.type if parameters else "cpu"
+    dtypes = {p.dtype for p in parameters} or {torch.float32}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    found = [torch.finfo(dtype).eps for dtype in dtypes]
+    if torch.float32 in dtypes:
+        settings = [attrgetter(f"{name}.fp32_precision")(torch.backends) for name in _FLOAT32.get(device, ())]
+        found += [_COARSER.get(setting, 0.0) for setting in settings]
+    return max(found)
 
 
 @contextmanager
 def _gated(model: nn.Module, coupling: Coupling, gates: Tensor) -> Iterator[None]:
-    """Within, every frontier layer's output is multiplied by ``gates`` [N, U + 1] of its channels' units."""
+    """Within, every frontier layer's output is multiplied by ``gates`` of its channels' units.
 
-    def multiplying(units: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    ``gates`` are [1, U + 1], for one copy whatever a layer's first dimension is, or [N, U + 1] for several.
+    """
+
+    def multiplying(layer: str, units: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def multiply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            dim = channel_dim(module, output)
-            shape = [n if d in (0, dim) else 1 for d, n in enumerate(output.shape)]
+            rows, dim = len(gates), channel_dim(module, output)
+            if rows > 1 and (dim == 0 or output.shape[0] != rows):
+                raise ValueError(
+                    f"{layer} gives {list(output.shape)} for {rows} samples: its first dimension is not the batch's; "
+                    "pass together=1"
+                )
+            shape = [n if d == dim else rows if d == 0 else 1 for d, n in enumerate(output.shape)]
             return output * gates[:, units].to(output).reshape(shape)
 
         return multiply
 
     handles = [
-        model.get_submodule(layer).register_forward_hook(multiplying(units)) for layer, units in coupling.layers.items()
+        model.get_submodule(layer).register_forward_hook(multiplying(layer, units))
+        for layer, units in coupling.layers.items()
     ]
     try:
         yield

@@ -6,7 +6,11 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,8 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import taylorkern as tk
+from bench.study import networks as study
+from bench.zoo import torchvision
 from taylorkern import measurements
-from taylorkern.oracle import WHOLE, Minibatch
+from taylorkern.oracle import WHOLE, Minibatch, _precision
 from taylorkern.surgery import cut
 from tests.cases import distance, normal
 from tests.networks import plain, residual
@@ -101,6 +107,7 @@ def test_what_it_can_not_measure_is_refused():
 
 
 SAMPLES, TOGETHER = 6, 7
+CHECKS = 8  # losses beyond those of the units, in a minibatch: the whole's beside them, a unit's alone, 3 noisy of each
 
 
 class StoppedError(Exception):
@@ -134,8 +141,17 @@ def columns_measured(file):
     return int(safetensors.torch.load_file(file)["measured"].sum())
 
 
-# The first group of units is preceded by a check of 1 + 7 copies, so the first minibatch, of 36 units, ends at 45.
-@pytest.mark.parametrize("calls", [0, 1, 9, 40, 44, 45, 46, 80])
+def copies_to_run(file, minibatches):
+    """What is not measured; beside a row's first group the whole runs too, and a unit of the first one done, alone."""
+    known = safetensors.torch.load_file(file)["measured"]
+    measured = torch.zeros(minibatches, known.shape[1], dtype=torch.bool)
+    measured[: len(known)] = known
+    missing = ~measured
+    return int(missing.sum() + missing[:, 1].sum() + (missing[:, 1:].sum(1) > 1).sum())
+
+
+# The first minibatch, of 36 units, ends at 1 + 36 + 8 losses; its first group is kept after 1 + 7 + 8.
+@pytest.mark.parametrize("calls", [0, 1, 15, 16, 40, 44, 45, 46, 80])
 def test_an_interrupted_oracle_goes_on_where_it_stopped(tmp_path, calls):
     model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
     whole, runs = measured(model, batches, None)
@@ -143,11 +159,12 @@ def test_an_interrupted_oracle_goes_on_where_it_stopped(tmp_path, calls):
     with pytest.raises(StoppedError):
         measured(model, batches, file, stopping_after(calls))
     done = columns_measured(file)
-    assert done >= calls - 2 * (1 + TOGETHER) - TOGETHER
+    left = copies_to_run(file, 2)
+    assert done >= calls - 2 * CHECKS - TOGETHER
     changes, again = measured(model, batches, file)
     assert torch.equal(changes, whole)
-    assert runs == columns + 1 + TOGETHER
-    assert again == columns - done + 1 + TOGETHER + (done > 0)  # and the first loss, which tells another loss apart
+    assert runs == columns + 2 * 2
+    assert again == left + (done > 0)  # and the first loss, which tells another loss apart
     assert columns_measured(file) == columns
     changes, again = measured(model, batches, file)
     assert torch.equal(changes, whole)
@@ -165,7 +182,7 @@ def test_what_was_written_within_a_minibatch_outlives_a_kill(tmp_path, monkeypat
     monkeypatch.setattr(measurements, "PAUSE", -1.0)
     with pytest.raises(StoppedError):
         measured(model, batches, file, stopping_after(30))
-    assert columns_measured(file) == 1 + 2 * TOGETHER + TOGETHER * ((30 - 1 - 8) // TOGETHER - 2)
+    assert columns_measured(file) == 1 + TOGETHER * ((30 - 1 - CHECKS) // TOGETHER)
     assert torch.equal(measured(model, batches, file)[0], whole)
 
 
@@ -226,6 +243,7 @@ def test_files_of_something_else_are_refused_and_left_alone(tmp_path):
         (model, [batches[0], (x, changed)], {}, "minibatch 1 had other inputs or targets"),
         (model, [batches[0], (x + 1e-12, target)], {}, "minibatch 1 had other inputs or targets"),
         (model, batches, {"loss": lambda f, t: F.multi_margin_loss(f, t)}, "another loss"),
+        (model, batches, {"loss": lambda f, t: F.cross_entropy(f, t) * (1 + 1e-4)}, "another loss"),
     ]
     for wrong, pairs, options, message in refused:
         with pytest.raises(ValueError, match=re.escape(message)) as told:
@@ -387,6 +405,180 @@ def test_models_that_can_not_take_several_copies_are_told_so():
         assert tk.oracle(model, x, F.cross_entropy, [(x, target)], together=1).isfinite().all()
 
 
+class Standardised(nn.Module):
+    """Normalises ``share`` of its output by the batch, as no module tells."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.net, self.share = plain(), share
+
+    def forward(self, x):
+        y = self.net(x)
+        return torch.lerp(y, 8 * (y - y.mean(0)) / (y.std(0) + 1e-3), self.share)
+
+
+def fitted(model, batches, loss):
+    """``model`` trained until the loss of every minibatch is below ``loss``, in evaluation mode."""
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(1000):
+        losses = [F.cross_entropy(model(x), target) for x, target in batches]
+        if max(losses) < loss:
+            return model.eval()
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    raise AssertionError("not fitted")
+
+
+@pytest.mark.parametrize("share", [1.0, 3e-4])
+def test_samples_that_meet_are_noticed_where_the_loss_is_small_too(share):
+    torch.manual_seed(0)
+    x, target = normal((20, 2, 8, 8), 1), torch.arange(20) % 5
+    model = fitted(Standardised(share), [(x, target)], 3e-4)
+    with pytest.raises(ValueError, match=r"the whole network's loss .* act on one another"):
+        tk.oracle(model, x, F.cross_entropy, [(x, target)])
+    minibatch = Minibatch(model, tk.couple(model, x), x, target, F.cross_entropy, seed=0)
+    units, whole = torch.arange(16), minibatch.losses(torch.tensor([WHOLE]))[0]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"the loss without unit .* act on one another"):
+        minibatch.check_alone(units, minibatch.losses(units), whole)
+
+
+class CentredNowAndThen(Centred):
+    def forward(self, x):
+        return super().forward(x) if x[0, 0, 0, 0] > 0 else self.net(x)
+
+
+def test_every_minibatch_is_checked():
+    model, batches = made(CentredNowAndThen), [batch(1), batch(2)]
+    batches[0][0][0, 0, 0, 0], batches[1][0][0, 0, 0, 0] = -1, 1
+    assert tk.oracle(model, batches[0][0], F.cross_entropy, batches[:1]).isfinite().all()
+    with pytest.raises(ValueError, match="act on one another"):
+        tk.oracle(model, batches[0][0], F.cross_entropy, batches)
+
+
+def test_units_that_change_nothing_do_not_pass_for_a_check():
+    model, (x, target) = made(Centred), batch(1)
+    with torch.no_grad():  # the inner units of the first block
+        model.net[3].bn1.weight.zero_()
+        model.net[3].bn1.bias.zero_()
+    coupling = tk.couple(model, x)
+    dead = [u for u, unit in enumerate(coupling.units) if unit.places[0][0] == "net.3.bn1"]
+    others = [u for u in range(len(coupling.units)) if u not in dead]
+    assert tk.oracle(model, x, F.cross_entropy, [(x, target)], units=dead, together=3).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="act on one another"):
+        tk.oracle(model, x, F.cross_entropy, [(x, target)], units=dead + others, together=3)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = residual()
+
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_random_numbers_in_evaluation_is_measured_one_unit_at_a_time():
+    model, (x, target) = made(Noisy), batch(1)
+    with pytest.raises(ValueError, match=r"draws random numbers.*pass together=1"):
+        tk.oracle(model, x, F.cross_entropy, [(x, target)])
+    assert tk.oracle(model, x, F.cross_entropy, [(x, target)], together=1).isfinite().all()
+
+
+LOSSES = [F.cross_entropy, lambda f, t: f.mean(), lambda f, t: 1e4 * (f - F.one_hot(t, f.shape[1])).square().mean()]
+
+
+@pytest.mark.parametrize("build", [residual, plain, *study.NETWORKS.values()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_not_taken_for_samples_that_meet(build, dtype):
+    torch.manual_seed(0)
+    fresh = build()
+    channels = next(fresh.parameters()).shape[1]
+    batches = [(normal((10, channels, 8, 8), seed), torch.arange(10) % 5) for seed in range(2)]
+    trained = fitted(copy.deepcopy(fresh).eval(), batches, 1e-3)
+    units = range(0, len(tk.couple(fresh, batches[0][0]).units), 4)
+    for model in (fresh.eval().to(dtype), trained.to(dtype)):
+        inputs = [(x.to(dtype), target) for x, target in batches]
+        for loss in LOSSES:
+            together = tk.oracle(model, inputs[0][0], loss, inputs, units=units)
+            if dtype == torch.float32:
+                alone = tk.oracle(model, inputs[0][0], loss, inputs, units=units, together=1)
+                assert distance(together, alone) < 1e-3
+
+
+def test_rounding_in_a_deep_network_is_not_taken_for_samples_that_meet():
+    torch.manual_seed(0)
+    model, x = torchvision().models.resnet18().eval(), normal((2, 3, 64, 64), 1)
+    for loss in LOSSES:
+        assert tk.oracle(model, x, loss, [(x, torch.arange(2))], units=range(0, 2000, 60)).isfinite().all()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tk.oracle(model, x, loss, [(x, torch.arange(2))], units=range(0, 2000, 400)).isfinite().all()
+
+
+def test_the_precision_is_the_coarsest_that_the_model_computes_in():
+    model = residual()
+    assert _precision(model) == torch.finfo(torch.float32).eps
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _precision(model) == torch.finfo(torch.bfloat16).eps
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert _precision(model) == torch.finfo(torch.bfloat16).eps
+        assert _precision(copy.deepcopy(model).double()) == torch.finfo(torch.float64).eps
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert _precision(model) == torch.finfo(torch.float32).eps
+    model[0].half()
+    assert _precision(model) == torch.finfo(torch.float16).eps
+
+
+class Frames(nn.Module):
+    """Clips [N, T, 2, 8, 8]: each frame by itself, then their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = residual()
+
+    def forward(self, x):
+        return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+class Prompted(nn.Module):
+    """Scales what it reads by a linear layer of a parameter [1, C], or of one [C]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.read, self.prompt = nn.Linear(8, 6), nn.Parameter(torch.randn(*shape, 4))
+        self.scale, self.head = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.read(x[:, 0, 0]) + self.scale(self.prompt)))
+
+
+@pytest.mark.parametrize("build", [Frames, lambda: Prompted(1), Prompted])
+def test_layers_without_the_batch_in_front_are_measured_one_unit_at_a_time(build):
+    model, (x, target) = made(build), batch(1)
+    x = torch.stack([x, x.flip(0), 2 * x], 1) if isinstance(model, Frames) else x
+    coupling = tk.couple(model, x)
+    assert isinstance(model, Frames) or any(place[0] == "scale" for unit in coupling.units for place in unit.places)
+    changes = tk.oracle(model, x, F.cross_entropy, [(x, target)], together=1)[0]
+    whole, dim = F.cross_entropy(model(x), target), 1 if isinstance(model, Frames) else -1
+    for u in range(0, len(coupling.units), 3):
+        hooks = [
+            model.get_submodule(layer).register_forward_hook(closing(channel, dim))
+            for layer, channel in coupling.units[u].places
+        ]
+        assert distance(changes[u], F.cross_entropy(model(x), target) - whole) < 1e-9
+        for hook in hooks:
+            hook.remove()
+    with pytest.raises(ValueError, match="pass together=1"):
+        tk.oracle(model, x, F.cross_entropy, [(x, target)], together=4)
+
+
+def closing(channel, dim):
+    return lambda module, inputs, output: output.index_fill(dim, torch.tensor([channel]), 0)
+
+
 def test_one_bar_counts_all_minibatches_and_goes_on_too(tmp_path, capsys):
     model, batches, file = made(residual), [batch(1), batch(2)], tmp_path / "oracle.safetensors"
     units = len(tk.couple(model, batches[0][0]).units)
@@ -418,6 +610,54 @@ def test_the_whole_network_is_no_unit():
     assert torch.equal(found, F.cross_entropy(model(x), target).detach().reshape(1))
 
 
+class Wrapped:
+    def __init__(self, classes):
+        self.classes = classes
+
+
+class Slotted:
+    __slots__ = ("classes",)
+
+    def __init__(self, classes):
+        self.classes = classes
+
+
+@dataclass(slots=True)
+class Labelled:
+    classes: torch.Tensor
+
+
+def loss_of(output, target):
+    return F.cross_entropy(output, getattr(target, "classes", None))
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Slotted, Labelled, lambda classes: SimpleNamespace(classes=classes)])
+def test_targets_in_objects_are_told_apart(tmp_path, kind):
+    model, (x, target), file = made(residual), batch(1), tmp_path / "oracle.safetensors"
+    whole, _ = measured(model, [(x, kind(target))], file, loss_of)
+    assert torch.equal(measured(model, [(x, kind(target.clone()))], file, loss_of)[0], whole)
+    with pytest.raises(ValueError, match="minibatch 0 had other inputs or targets"):
+        measured(model, [(x, kind(4 - target))], file, loss_of)
+
+
+def test_targets_that_can_not_be_hashed_are_refused_by_name(tmp_path):
+    model, (x, target), file = made(residual), batch(1), tmp_path / "oracle.safetensors"
+    itself = []
+    itself.append(itself)
+    hidden = SimpleNamespace(classes=target, read=lambda: target)
+    unhashable = {
+        "builtins.generator": (n for n in range(3)),
+        "builtins.function": hidden,
+        "torch.Tensor": torch.eye(2).to_sparse(),
+        "holds itself": itself,
+    }
+    for name, extra in unhashable.items():
+        pair = (x, SimpleNamespace(classes=target, extra=extra))
+        with pytest.raises(ValueError, match=f"{name}.*call without file="):
+            measured(model, [pair], file, loss_of)
+        assert measured(model, [pair], None, loss_of)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -428,11 +668,31 @@ def test_the_whole_network_is_no_unit():
         ([[1], 2], [[1, 2]]),
         ((torch.zeros(1), 1.0), (torch.zeros(1), 2.0)),
         (torch.arange(3).numpy(), torch.arange(1, 4).numpy()),
+        (np.array(["a", "b"]), np.array(["a", "c"])),
+        (np.array([None, 1]), np.array([None, 2])),
+        (np.ma.array([1, 2], mask=[0, 0]), np.ma.array([1, 2], mask=[0, 1])),
+        (np.float32(1), np.float32(2)),
+        (Wrapped([torch.zeros(2)]), Wrapped([torch.ones(2)])),
+        (Wrapped(Wrapped(1)), Wrapped(Wrapped(2))),
+        (Slotted(torch.zeros(2)), Slotted(torch.ones(2))),
+        (SimpleNamespace(a=1), SimpleNamespace(b=1)),
+        (Path("a"), Path("b")),
+        ({1, 2}, {1, 3}),
+        (torch.float32, torch.float64),
+        (Wrapped, Slotted),
+        (F.relu, F.gelu),
+        (torch.zeros(2, dtype=torch.complex64).conj(), torch.ones(2, dtype=torch.complex64).conj()),
     ],
 )
 def test_digests_tell_contents_apart(one, other):
     assert measurements.digest(one) == measurements.digest(copy.deepcopy(one))
     assert measurements.digest(one) != measurements.digest(other)
+
+
+def test_a_sets_order_does_not_count():
+    """Two that collide in a set's table stand in it in the order they came in."""
+    assert list({8, 0}) != list({0, 8})
+    assert measurements.digest({8, 0}) == measurements.digest({0, 8})
 
 
 def test_the_documentations_examples():

@@ -14,6 +14,7 @@ class Plan:
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     rounds: int = 20  # of iterative removal, for all units
     iterative_minibatches: int = 4
+    cut_rounds: int = 14  # in which the networks of the schedules and of the rank plots are cut
     left: float = 0.3  # of the channels, in the comparison of schedules
     budget: int = 180  # minibatches that each schedule may train on
     tuning_rate: float = 0.01
@@ -22,5 +23,5 @@ class Plan:
 FULL = Plan()
 SHORT = Plan(
     networks=("residual",), steps={"early": 20, "late": 40}, seeds=2, minibatches=2, size=64, fractions=(0.5,),
-    rounds=4, iterative_minibatches=1, budget=12,
+    rounds=2, iterative_minibatches=1, cut_rounds=2, budget=4,
 )  # fmt: skip

@@ -76,7 +76,7 @@ def _ranks(dense: nn.Module, batches: Batches, plan: Plan, seed: int) -> dict[st
     thin = tk.convert(copy.deepcopy(dense))
     scores = tk.Scores(thin, batches[0][0][:1])
     accumulate(scores, batches, "sketch", seed)
-    before, rounds = _relative_ranks(scores), 10
+    before, rounds = _relative_ranks(scores), plan.cut_rounds
     units = len(scores.units)
     for done in range(1, rounds + 1):
         left = math.ceil(units * (1 - 0.5 * done / rounds)) / len(scores.units)

@@ -17,7 +17,6 @@ from .scoring import VARIANTS, Batches, accumulate
 from .training import BATCH, train
 
 COMPARED = ("taylor_fo", "taylor_so", "taylor_so_fisher", "magnitude", "random")
-ROUNDS = 14
 
 
 def schedules(model: nn.Module, batches: Batches, plan: Plan, data: Digits, seed: int) -> dict[str, dict[str, dict]]:
@@ -43,7 +42,7 @@ def _one_shot(
 def _iterative(
     model: nn.Module, criterion: str, batches: Batches, plan: Plan, data: Digits, seed: int
 ) -> dict[str, float]:
-    return _in_rounds(model, criterion, batches, plan, data, seed, rounds=ROUNDS)
+    return _in_rounds(model, criterion, batches, plan, data, seed, rounds=plan.cut_rounds)
 
 
 def _in_rounds(
@@ -68,7 +67,7 @@ def _continuous(
     thin = tk.convert(copy.deepcopy(model)).train()
     optimizer = torch.optim.SGD(thin.parameters(), plan.tuning_rate, momentum=0.9, weight_decay=5e-4)
     example, method = batches[0][0][:1], VARIANTS[criterion].method
-    rounds = min(ROUNDS, plan.budget // 2)
+    rounds = min(plan.cut_rounds, plan.budget // 2)
     every = plan.budget // 2 // rounds
     step = math.ceil(len(tk.couple(thin, example).units) * (1 - plan.left) / rounds)
     pruner = tk.Pruner(
