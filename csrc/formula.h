@@ -11,21 +11,29 @@
 
 namespace taylorkern {
 
+// a*b + c, rounded once; specialised for vector registers
+template <class V, class = void>
+struct MultiplyAdd {
+  static TAYLORKERN_INLINE V of(V a, V b, V c) { return std::fma(a, b, c); }
+};
+
 // 1 / sqrt(var + eps), from the variance as it is saved, so that forward and backward agree
 template <class A>
 TAYLORKERN_INLINE double inverse_std(A var, double eps) {
   return 1.0 / std::sqrt(static_cast<double>(var) + eps);
 }
 
+// The same as torch's forward has it: of a batch's variance rounded once, of a running one in A all the way
 template <class A>
-TAYLORKERN_INLINE A channel_scale(A weight, double inverse_std) {
-  return static_cast<A>(static_cast<double>(weight) * inverse_std);
+TAYLORKERN_INLINE A rounded_inverse_std(A var, double eps, bool training) {
+  return training ? static_cast<A>(inverse_std(var, eps)) : A{1} / std::sqrt(var + static_cast<A>(eps));
 }
 
-// Subtracting first keeps the digits that x*scale + (bias - mean*scale) would cancel.
+// normalise(x, scale, shift) with shift = normalise(-mean, scale, bias) rounds as torch's forward does, so that the two
+// agree to the last bit where their statistics do, and relus cut at the same elements.
 template <class V>
-TAYLORKERN_INLINE V normalise(V x, V mean, V scale, V bias) {
-  return (x - mean) * scale + bias;
+TAYLORKERN_INLINE V normalise(V x, V scale, V shift) {
+  return MultiplyAdd<V>::of(x, scale, shift);
 }
 
 template <class V>
@@ -39,10 +47,10 @@ TAYLORKERN_INLINE V relu_backward(V z, V dy) {
   return z <= V{} ? V{} : dy;
 }
 
-// shift = dbias / M, slope = dweight / sqrt(var + eps) / M
+// level = dbias / M, slope = dweight / sqrt(var + eps) / M
 template <class V>
-TAYLORKERN_INLINE V input_gradient(V dz, V x, V mean, V scale, V shift, V slope) {
-  return scale * (dz - shift - (x - mean) * slope);
+TAYLORKERN_INLINE V input_gradient(V dz, V x, V mean, V scale, V level, V slope) {
+  return scale * (dz - level - (x - mean) * slope);
 }
 
 // dL/dz of the gate behind the affine map, from A = sum xhat*dz and B = sum dz
@@ -64,10 +72,11 @@ TAYLORKERN_INLINE Moments<V> moments_about(V pivot, V sum_d, V sum_dd, double co
   return {pivot + offset, sum_dd - sum_d * offset};
 }
 
-// 0 for no values, and never below 0 for what rounding did; NaN stays NaN
-template <class V>
+// Of the summed squared deviations in A, as torch rounds them: 0 for no values, never below 0 for what rounding did; NaN
+// stays NaN.
+template <class A, class V>
 TAYLORKERN_INLINE V biased_variance(V m2, double count) {
-  return (m2 <= V{} ? V{} : m2) / (count > 0 ? count : 1);
+  return (m2 <= V{} ? V{} : m2) / static_cast<A>(count > 0 ? count : 1);
 }
 
 // Chan's formula: the moments of a set of `seen` values joined by one of `more` values

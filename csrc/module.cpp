@@ -7,6 +7,7 @@
 PYBIND11_MODULE(TAYLORKERN_MODULE, module) {
   module.attr("compiler") = __VERSION__;
   module.attr("register_bytes") = taylorkern::cpu::kRegisterBytes;
+  module.attr("fma") = taylorkern::cpu::kFma;
   module.def("max_threads", &omp_get_max_threads);
   taylorkern::bind_cpu(module);
 }

@@ -34,7 +34,8 @@ struct ChannelScores {
   void* s;        // [N, C] acc, written
 };
 
-// y = act((x - mean) * scale + bias [+ residual]), scale = weight / sqrt(var + eps)
+// y = act(x * scale + shift [+ residual]), scale = weight / sqrt(var + eps), shift = bias - mean * scale, each rounded
+// as torch's own batch normalisation rounds it
 // relu(z) = 0 where z <= 0, else z: NaN stays NaN.
 struct BatchNormAct {
   Shape shape;

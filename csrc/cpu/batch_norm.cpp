@@ -14,20 +14,22 @@ class Channels {
   std::unique_ptr<double[]> wide;
 
  public:
-  A *weight, *bias, *scale, *shift, *slope;
+  A *weight, *bias, *scale, *shift, *level, *slope;
   double* invstd;
 
   template <class Args>
-  explicit Channels(const Args& args) : memory(new A[5 * args.shape.C]), wide(new double[args.shape.C]) {
+  explicit Channels(const Args& args) : memory(new A[6 * args.shape.C]), wide(new double[args.shape.C]) {
     const int64_t C = args.shape.C;
     const A* var = static_cast<const A*>(args.var);
-    weight = memory.get(), bias = weight + C, scale = bias + C, shift = scale + C, slope = shift + C;
+    const A* mean = static_cast<const A*>(args.mean);
+    weight = memory.get(), bias = weight + C, scale = bias + C, shift = scale + C, level = shift + C, slope = level + C;
     invstd = wide.get();
     copy_or_fill(args.weight, A{1}, C, weight);
     copy_or_fill(args.bias, A{0}, C, bias);
     for (int64_t c = 0; c < C; ++c) {
       invstd[c] = inverse_std(var[c], args.eps);
-      scale[c] = channel_scale(weight[c], invstd[c]);
+      scale[c] = weight[c] * rounded_inverse_std(var[c], args.eps, args.training);
+      shift[c] = normalise(-mean[c], scale[c], bias[c]);
     }
   }
 
@@ -53,6 +55,12 @@ template <class P, class A>
 void store_rounded(P, A* to, typename P::type value) {
   const Pack<A, P::lanes> narrow{};
   store(narrow, to, convert<typename decltype(narrow)::type>(value));
+}
+
+template <class P, class A>
+void store_variance(P, A* to, typename P::type m2, double count) {
+  const Pack<A, P::lanes> narrow{};
+  store(narrow, to, biased_variance<A>(convert<typename decltype(narrow)::type>(m2), count));
 }
 
 // The tiles of one slot hold this many values of each channel.
@@ -83,7 +91,7 @@ void batch_statistics(const BatchNormAct& args, const Partition& part, const L& 
       seen += more;
     }
     store_rounded(pack, mean + c, all.mean);
-    store_rounded(pack, var + c, biased_variance(all.m2, seen));
+    store_variance(pack, var + c, all.m2, seen);
   });
 }
 
@@ -93,7 +101,6 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, i
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
-  const A* mean = static_cast<const A*>(args.mean);
   const bool relu_after = args.activation == Activation::relu;
 
   if (args.training) batch_statistics<T>(args, part, layout, threads);
@@ -102,7 +109,7 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, i
   parallel_for(part.tiles(), threads, [&](int64_t index, int) {
     layout.template each<A>(part.tile(index), [&](auto pack, int64_t i, int64_t c) {
       const auto of = [&](const A* values) { return layout.coefficient(pack, values, c); };
-      auto z = normalise(load(pack, x + i), of(mean), of(channels.scale), of(channels.bias));
+      auto z = normalise(load(pack, x + i), of(channels.scale), of(channels.shift));
       if (residual) z += load(pack, residual + i);
       store(pack, y + i, relu_after ? relu(z) : z);
     });
@@ -132,7 +139,7 @@ struct Backward {
     if (!masked) return dy_value;
     if (y) return relu_backward(load(pack, y + i), dy_value);
     const auto of = [&](const A* values) { return layout.coefficient(pack, values, c); };
-    return relu_backward(normalise(x_value, of(mean), of(channels.scale), of(channels.bias)), dy_value);
+    return relu_backward(normalise(x_value, of(channels.scale), of(channels.shift)), dy_value);
   }
 
   // sums: (x - mean) * dz and dz; on the way it writes what needs no sum
@@ -162,7 +169,7 @@ struct Backward {
       const auto x_value = load(pack, x + i);
       const auto dz = dresidual ? load(pack, dresidual + i) : activation_gradient(pack, i, c, x_value);
       store(pack, dx + i,
-            input_gradient(dz, x_value, of(mean), of(channels.scale), of(channels.shift), of(channels.slope)));
+            input_gradient(dz, x_value, of(mean), of(channels.scale), of(channels.level), of(channels.slope)));
     });
   }
 
@@ -174,7 +181,7 @@ struct Backward {
     const D dweight = centred * invstd;
     store_rounded(pack, static_cast<A*>(args.dweight) + c, dweight);
     store_rounded(pack, static_cast<A*>(args.dbias) + c, plain);
-    store_rounded(pack, channels.shift + c, plain / M);
+    store_rounded(pack, channels.level + c, plain / M);
     store_rounded(pack, channels.slope + c, dweight * invstd / M);
   }
 

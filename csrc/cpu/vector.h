@@ -1,6 +1,10 @@
 // Vector registers of the host, through the compilers' vector extensions, and loads and stores that convert on the way.
 #pragma once
 
+#if defined(__FMA__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +25,13 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 constexpr int64_t kRegisterBytes = 64;
 #else
 constexpr int64_t kRegisterBytes = 32;
+#endif
+
+// Whether a*b + c is one instruction that rounds once
+#if defined(__FMA__) || defined(FP_FAST_FMAF)
+constexpr bool kFma = true;
+#else
+constexpr bool kFma = false;
 #endif
 
 template <class E, int64_t Lanes>
@@ -167,3 +178,29 @@ TAYLORKERN_INLINE double lane_sum(Vector<double, Lanes> value) {
 }
 
 }  // namespace taylorkern::cpu
+
+namespace taylorkern {
+
+// Compilers don't make one instruction of a loop over std::fma, so each register is named. Where a processor has none,
+// torch rounds twice as well.
+template <class V>
+struct MultiplyAdd<V, std::enable_if_t<!std::is_arithmetic_v<V>>> {
+  static TAYLORKERN_INLINE V of(V a, V b, V c) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<V, cpu::Vector<float, 16>>) return _mm512_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<V, cpu::Vector<double, 8>>) return _mm512_fmadd_pd(a, b, c);
+#endif
+#if defined(__FMA__)
+    if constexpr (std::is_same_v<V, cpu::Vector<float, 8>>) return _mm256_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<V, cpu::Vector<double, 4>>) return _mm256_fmadd_pd(a, b, c);
+    if constexpr (std::is_same_v<V, cpu::Vector<float, 4>>) return _mm_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<V, cpu::Vector<double, 2>>) return _mm_fmadd_pd(a, b, c);
+#endif
+    if constexpr (!cpu::kFma) return a * b + c;
+    V sum{};
+    for (size_t lane = 0; lane < sizeof(V) / sizeof(a[0]); ++lane) sum[lane] = std::fma(a[lane], b[lane], c[lane]);
+    return sum;
+  }
+};
+
+}  // namespace taylorkern

@@ -54,7 +54,7 @@ def status() -> Status:
     if _outcome is None:
         return _foreseen()
     module = _outcome.module
-    vectors = f"{8 * module.register_bytes} bit"
+    vectors = f"{8 * module.register_bytes} bit{', fused multiply-add' if module.fma else ''}"
     detail = {"path": str(_outcome.path), "compiler": module.compiler, "vectors": vectors}
     return Status(True, ORIGINS[_outcome.origin], detail)
 
