@@ -24,7 +24,8 @@ COLOURS = {
     "taylor_weight": "#b08bbb",
     "magnitude": "#d9a441",
 }
-DASHES = ["-", "--", ":", "-."]
+PLAIN = [name for name in VARIANTS if name not in COLOURS]
+DASHES = {name: ("--", ":", "-.", (0, (1, 3)), (0, (6, 2)))[i % 5] for i, name in enumerate(PLAIN)}
 
 
 def draw(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], plan: Plan, folder: Path) -> None:
@@ -72,8 +73,8 @@ def removal(summary: Mapping[str, Any], plan: Plan) -> Figure:
     figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.subplots(2, 3, sharey=True).flatten()
     for axes, (kind, pool) in zip(grid, panels, strict=False):
-        for i, (name, curve) in enumerate(summary[kind][pool].items()):
-            style = {"lw": 1.9, "ls": "-"} if name in COLOURS else {"lw": 1.1, "ls": DASHES[i % len(DASHES)]}
+        for name, curve in summary[kind][pool].items():
+            style = {"lw": 1.9, "ls": "-"} if name in COLOURS else {"lw": 1.1, "ls": DASHES[name]}
             means = [point["mean"] for point in curve]
             axes.plot(plan.fractions, means, color=COLOURS.get(name, GREY), label=name, **style)
         stages = "all stages" if kind == "one-shot" else "last stage"
