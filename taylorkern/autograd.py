@@ -82,8 +82,9 @@ class BatchNormAct(torch.autograd.Function):
                 "the input or output of a scored batch normalisation was overwritten in place before backward, and "
                 "its score needs the value; use the out-of-place form of that operation"
             ) from error
+        masked = ctx.masked_by_y and ctx.needs_input_grad[1]
         dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
-            dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.masked_by_y
+            dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, masked
         )
         dresidual = dz if ctx.masked_by_y else dy
         product = _affine(x, weight, bias, mean, var, ctx.eps) * dy if ctx.needs_input_grad[5] else None

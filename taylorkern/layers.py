@@ -4,13 +4,17 @@ Each class is its torch parent with the same constructor, state_dict and repr. W
 forward and nothing else; with one it also delivers s [N, C], the gradient of its virtual gate.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .autograd import BatchNormAct, ChannelGate, InplaceError
 from .gates import Gate
 from .ops import accumulator
@@ -101,6 +105,8 @@ class _BatchNorm(Gated):
     """Batch normalisation with the gate on its affine output, in training and evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            settle(self)
         if self.gate is None or not self.gate.wanted():
             output: Tensor = super().forward(input)
             return output
@@ -146,32 +152,42 @@ def gateable(module: nn.Module) -> bool:
     return isinstance(module, Gated) or type(module) in GATED
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     """Make every convolution, linear and batch-normalisation layer of ``model`` able to carry a gate, in place.
 
     Modules keep their identity, names, parameters, buffers and hooks, so state_dicts fit both ways; until a
     ``Scores`` attaches gates they compute what they computed before, bit for bit. Subclasses of torch's layers are
     left alone, for their forward may differ. Returns ``model``.
 
+    With ``fuse`` every batch normalisation that an activation follows, with or without an addition in between, runs
+    as one operation with it where gradients are recorded; a model converted before is fused too. It computes the same
+    up to rounding, and warns where code could not be read (see ``taylorkern.fusion``). Backward runs once only: no
+    ``create_graph`` through a fused operation.
+
     Raises ValueError where nothing can be converted, or everything has been already.
 
-    >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), fuse=True)
     >>> type(model[0]) is Conv2d
     True
     """
     found = [module for module in model.modules() if type(module) in GATED]
-    if not found and any(isinstance(module, Gated) for module in model.modules()):
+    converted = any(isinstance(module, Gated) for module in model.modules())
+    if not found and converted and not fuse:
         raise ValueError("convert: this model is converted already; call revert(model) first to start again")
-    if not found:
+    if not found and not converted:
         known = ", ".join(cls.__name__ for cls in GATED)
         raise ValueError(f"convert: {type(model).__name__} holds no layer that can carry a gate ({known})")
     for module in found:
         module.__class__ = GATED[type(module)]
+    if fuse:
+        _fusion().fuse(model)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn the layers of a converted ``model`` back into torch's own, in place, gates gone. Returns ``model``.
+    """Turn the layers of a converted ``model`` back into torch's own, in place, gates and fusion gone.
+
+    Returns ``model``.
 
     Raises ValueError where no layer is converted.
 
@@ -181,10 +197,18 @@ def revert(model: nn.Module) -> nn.Module:
     found = [module for module in model.modules() if type(module) in _PARENT]
     if not found:
         raise ValueError(f"revert: {type(model).__name__} holds no converted layer; convert(model) makes them")
+    _fusion().unfuse(model)
     for module in found:
         vars(module).pop("gate", None)
         module.__class__ = _PARENT[type(module)]
     return model
+
+
+def _fusion() -> ModuleType:
+    """Fusion is made of these layers, so it is looked up when it is called for."""
+    from . import fusion
+
+    return fusion
 
 
 class _Recompute:
@@ -226,21 +250,74 @@ def _as_ncs(t: Tensor, batched: bool, channel_dim: int) -> Tensor:
     return t.movedim(channel_dim, 1)
 
 
+class Promise(Protocol):
+    """The output of a batch normalisation that has not run yet."""
+
+    def settle(self) -> None: ...
+
+
+_promises: WeakValueDictionary[tuple[int, int], Promise] = WeakValueDictionary()
+
+
+def promised(layer: nn.Module, promise: Promise) -> None:
+    """Have ``promise`` kept before ``layer`` runs again, so that its running statistics see its inputs in order."""
+    _promises[id(layer), threading.get_ident()] = promise
+
+
+def settle(layer: nn.Module) -> None:
+    """Run ``layer`` for the promise of its output that is still open, if there is one."""
+    promise = _promises.pop((id(layer), threading.get_ident()), None)
+    if promise is not None:
+        promise.settle()
+
+
 def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Tensor) -> Tensor:
     """Torch's own forward, bit for bit, running statistics included; the backward is ours and fills the gate."""
-    layer._check_input_dim(x)
-    use_batch = layer.training or layer.running_mean is None
-    if use_batch and x.numel() <= x.shape[1]:
-        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    use_batch, running = _mode(layer, x)
     z, e = gate.leaf(x.shape[0], x.shape[1], x), gate.elements(x.shape, x)
-    tracked = layer.track_running_stats or not layer.training
-    running = (layer.running_mean, layer.running_var) if tracked else (None, None)
     with torch.no_grad():
         y, *saved = torch.native_batch_norm(
             x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
         mean, var = _used_statistics(saved if use_batch else running, use_batch, layer.eps, accumulator(x.dtype))
     return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, e, y, mean, var, use_batch, layer.eps, "none")
+
+
+def fused_batch_norm(
+    layer: nn.modules.batchnorm._BatchNorm, gate: Gate | None, x: Tensor, residual: Tensor | None, activation: str
+) -> Tensor:
+    """act(layer(x) + residual) [N, C, *S] as one operation; running statistics as torch's, the gate on layer(x)."""
+    use_batch, running = _mode(layer, x)
+    z = gate.leaf(x.shape[0], x.shape[1], x) if gate is not None and gate.wanted() else None
+    weight, bias, eps = layer.weight, layer.bias, layer.eps
+    with torch.no_grad():
+        y, mean, var = ops.batch_norm_act(x, residual, weight, bias, *running, use_batch, eps, activation)
+        momentum = _momentum(layer)
+        if use_batch:
+            _follow(running, mean, var, x.numel() // x.shape[1], momentum)
+    return BatchNormAct.apply(x, residual, weight, bias, z, None, y, mean, var, use_batch, eps, activation)
+
+
+Running = tuple[Tensor | None, Tensor | None]
+
+
+def _mode(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> tuple[bool, Running]:
+    """Whether the batch's statistics are used, and the running ones to use or to update; refuses what torch does."""
+    layer._check_input_dim(x)
+    use_batch = layer.training or layer.running_mean is None
+    if use_batch and x.numel() <= x.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    tracked = layer.track_running_stats or not layer.training
+    return use_batch, (layer.running_mean, layer.running_var) if tracked else (None, None)
+
+
+def _follow(running: Running, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
+    """Move the running statistics by ``momentum`` towards a batch's of ``count`` values a channel, ``var`` biased."""
+    running_mean, running_var = running
+    if running_mean is not None and running_var is not None:
+        # By .data, for torch's own forward doesn't count as a change either: a graph under way may hold these buffers.
+        running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.data.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 def _used_statistics(

@@ -48,6 +48,10 @@ def test_gradients_of_scored_training_are_torchs(name):
     scores, scores_wide = tk.Scores(ours, X[:1]), tk.Scores(ours_wide, X[:1].double())
     exact = gradient(wide, X.double())
     assert distance(gradient(ours_wide, X.double()), exact) < 1e-9
-    assert distance(gradient(ours, X), exact) <= 2 * distance(gradient(plain, X), exact)
+    torchs = distance(gradient(plain, X), exact)
+    assert distance(gradient(ours, X), exact) <= 2 * torchs
     assert scores.minibatches == scores_wide.minibatches == 1
-    assert distance(scores.importance("taylor_fo"), scores_wide.importance("taylor_fo")) < 1e-2
+    # In float32 the last bits, and with them the number of threads, decide which activations a ReLU lets through:
+    # torch's own gradients of a deep network are off by percents, and a square by twice as much.
+    error = distance(scores.importance("taylor_fo"), scores_wide.importance("taylor_fo"))
+    assert error <= 4 * torchs
