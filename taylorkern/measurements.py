@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .coupling import Coupling
+from .files import replace
 from .state import named_tensors
 
 FORMAT = 1
@@ -187,20 +186,6 @@ def digest(content: Any) -> str:
     except RecursionError as error:
         raise _unknown(content, "something in it holds itself") from error
     return found.hexdigest()
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, then rename it, so that the file is the old one or the new one, whole."""
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _pieces(content: Any) -> Iterator[Any]:

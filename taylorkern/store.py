@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ._version import __version__
+from .files import replace
 from .layers import Gated
 from .state import replace_data
 from .surgery import fit_attributes
@@ -68,18 +68,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         }
     )
     content = safetensors.torch.save(stored, {PLAN: plan, DIGEST: hashlib.sha256(plan.encode()).hexdigest()})
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        replace(path, content)
     except OSError as error:
-        raise StoreError(f"can't write {target}: {error}; give a path in a writable folder with room") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        where = os.path.realpath(path)
+        raise StoreError(f"can't write {where}: {error}; give a path in a writable folder with room") from error
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

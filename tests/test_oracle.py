@@ -20,7 +20,7 @@ from torch import nn
 import taylorkern as tk
 from bench.study import networks as study
 from bench.zoo import torchvision
-from taylorkern import measurements
+from taylorkern import files, measurements
 from taylorkern.oracle import WHOLE, Minibatch, _precision
 from taylorkern.surgery import cut
 from tests.cases import distance, normal
@@ -295,7 +295,7 @@ def test_a_writing_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no room left")
 
-    monkeypatch.setattr(measurements.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no room"):
         measured(model, batches, file)
     assert file.read_bytes() == before

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import taylorkern as tk
-from taylorkern import store
+from taylorkern import files, store
 
 
 class Tied(nn.Module):
@@ -293,7 +293,7 @@ def test_old_file_survives_a_failed_save(saved, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(tk.StoreError, match=r"No space left.*writable folder"):
         tk.save(build(3), saved)
     assert saved.read_bytes() == old
