@@ -15,11 +15,10 @@ the weights with those of a step without a sketch.
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from memory import peak
-from overhead import build
+from overhead import asked, build
 from pairs import interleaved, quartiles, ratios
 from torch import Tensor, nn
 
@@ -131,18 +130,7 @@ def measure(single: dict[str, Run], cycles: dict[str, Run], rounds: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet50")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-
-    x = torch.randn(options.batch, 3, options.size, options.size)
-    x = x.contiguous(memory_format=torch.channels_last) if options.channels_last else x
-    target = torch.randint(1000, (options.batch,))
+    options, x, target = asked(__doc__, network="resnet50")
     agree = agreement(options, x, target)
     if max(agree.values()) > TOLERANCE:
         raise SystemExit(f"the sketch is wrong, by relative distances {agree}: nothing is timed")
@@ -167,8 +155,8 @@ def main() -> None:
         print(f"{name:16} {q['median']:.3f} of plain        (quartiles {q['p25']:.3f} to {q['p75']:.3f})")
     for name, q in measured["adds"].items():
         bar = BARS.get(name.split()[0]) if name.endswith("scored") else None
-        asked = f"; asked for: at most {bar}" if bar else ""
-        print(f"{name:16} {q['median']:.3f} of a plain step (quartiles {q['p25']:.3f} to {q['p75']:.3f}{asked})")
+        told = f"; asked for: at most {bar}" if bar else ""
+        print(f"{name:16} {q['median']:.3f} of a plain step (quartiles {q['p25']:.3f} to {q['p75']:.3f}{told})")
     for name, ratio in measured["memory"].items():
         print(f"{name:16} {ratio:.3f} of plain's peak memory, above what is held between steps")
     if options.json:

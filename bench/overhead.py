@@ -86,20 +86,26 @@ def measure(ways: dict[str, Callable[[], None]], pairs: int) -> dict[str, dict[s
     return {name: quartiles(ratios(taken, times["plain"])) for name, taken in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet18")
+def asked(doc: str | None, network: str) -> tuple[argparse.Namespace, Tensor, Tensor]:
+    """The command line of a bench of whole steps, and the images and labels that it asks for."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default=network)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-
     x = torch.randn(options.batch, 3, options.size, options.size)
     x = x.contiguous(memory_format=torch.channels_last) if options.channels_last else x
-    target = torch.randint(1000, (options.batch,))
+    return options, x, torch.randint(1000, (options.batch,))
+
+
+def main() -> None:
+    options, x, target = asked(__doc__, network="resnet18")
     worst = agreement(options, x, target)
+    if worst > 1e-9:
+        raise SystemExit(f"scores and hooks disagree by {worst:.1e}: nothing is timed")
     names = ("plain", "converted", "scored", "fused", "hooks")
     models = {name: build(options.network, options.channels_last) for name in names}
     tk.convert(models["converted"])
@@ -109,8 +115,6 @@ def main() -> None:
     ways = {name: step(model, x, target) for name, model in models.items()}
     for run in ways.values():
         run()
-    if worst > 1e-9:
-        raise SystemExit(f"scores and hooks disagree by {worst:.1e}: nothing is timed")
     found = measure(ways, options.pairs)
     print(
         f"{options.network}, batch {options.batch}, {options.size}x{options.size}, "
