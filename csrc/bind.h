@@ -32,7 +32,7 @@ inline Shape checked_shape(int64_t N, int64_t C, int64_t S, int layout, int dtyp
   return {N, C, S, checked<Layout>("layout", layout, 2), checked<Dtype>("dtype", dtype, 3)};
 }
 
-inline Activation checked_activation(int code) { return checked<Activation>("activation", code, 2); }
+inline Activation checked_activation(int code) { return checked<Activation>("activation", code, 6); }
 
 inline void* optional(Address address) { return reinterpret_cast<void*>(address); }
 

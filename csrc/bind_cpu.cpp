@@ -14,8 +14,8 @@ void channel_scores(Address a, Address g, Address s, int64_t N, int64_t C, int64
 }
 
 void batch_norm_act(Address x, Address residual, Address weight, Address bias, Address y, Address mean, Address var,
-                    double eps, bool training, int activation, int64_t N, int64_t C, int64_t S, int layout, int dtype,
-                    int threads) {
+                    double eps, bool training, int activation, double slope, int64_t N, int64_t C, int64_t S, int layout,
+                    int dtype, int threads) {
   const Shape shape = checked_shape(N, C, S, layout, dtype);
   const int64_t elements = N * C * S;
   const BatchNormAct args{shape,
@@ -28,15 +28,16 @@ void batch_norm_act(Address x, Address residual, Address weight, Address bias, A
                           required("var", var, C),
                           eps,
                           training,
-                          checked_activation(activation)};
+                          checked_activation(activation),
+                          slope};
   const py::gil_scoped_release unlocked;
   cpu::batch_norm_act(args, threads);
 }
 
 void batch_norm_act_backward(Address dy, Address x, Address y, Address weight, Address bias, Address mean, Address var,
                              Address dx, Address dresidual, Address dweight, Address dbias, Address s, double eps,
-                             bool training, int activation, int64_t N, int64_t C, int64_t S, int layout, int dtype,
-                             int threads) {
+                             bool training, int activation, double slope, int64_t N, int64_t C, int64_t S,
+                             int layout, int dtype, int threads) {
   const Shape shape = checked_shape(N, C, S, layout, dtype);
   const int64_t elements = N * C * S;
   const BatchNormActBackward args{shape,
@@ -54,7 +55,8 @@ void batch_norm_act_backward(Address dy, Address x, Address y, Address weight, A
                                   required("s", s, N * C),
                                   eps,
                                   training,
-                                  checked_activation(activation)};
+                                  checked_activation(activation),
+                                  slope};
   const py::gil_scoped_release unlocked;
   cpu::batch_norm_act_backward(args, threads);
 }

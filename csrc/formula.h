@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "ops.h"
+
 #if defined(__CUDACC__)
 #define TAYLORKERN_INLINE __host__ __device__ __forceinline__
 #else
@@ -23,10 +25,10 @@ TAYLORKERN_INLINE double inverse_std(A var, double eps) {
   return 1.0 / std::sqrt(static_cast<double>(var) + eps);
 }
 
-// The same as torch's forward has it: of a batch's variance rounded once, of a running one in A all the way
+// The same from a running variance, in A all the way, as torch's forward has it
 template <class A>
-TAYLORKERN_INLINE A rounded_inverse_std(A var, double eps, bool training) {
-  return training ? static_cast<A>(inverse_std(var, eps)) : A{1} / std::sqrt(var + static_cast<A>(eps));
+TAYLORKERN_INLINE A running_inverse_std(A var, double eps) {
+  return A{1} / std::sqrt(var + static_cast<A>(eps));
 }
 
 // normalise(x, scale, shift) with shift = normalise(-mean, scale, bias) rounds as torch's forward does, so that the two
@@ -36,16 +38,128 @@ TAYLORKERN_INLINE V normalise(V x, V scale, V shift) {
   return MultiplyAdd<V>::of(x, scale, shift);
 }
 
+// e^x, to two units in the last place; specialised for vector registers
+template <class V, class = void>
+struct Exponential {
+  static TAYLORKERN_INLINE V of(V x) { return std::exp(x); }
+};
+
 template <class V>
-TAYLORKERN_INLINE V relu(V z) {
-  return z <= V{} ? V{} : z;
+TAYLORKERN_INLINE V sigmoid(V z) {
+  return 1 / (1 + Exponential<V>::of(-z));
 }
 
-// dz of relu, given its input or its output
-template <class V>
-TAYLORKERN_INLINE V relu_backward(V z, V dy) {
-  return z <= V{} ? V{} : dy;
-}
+// Activations y = act(z). gradient(v, dy) is dL/dz at v = z, and for those that keep the order of z's sign and
+// kinks (none, relu, relu6, leaky_relu with slope >= 0) also at v = y.
+// A NaN stays NaN; at a kink the gradient is torch's. A is the accumulation type.
+template <class A>
+struct NoActivation {
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return z;
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V, V dy) const {
+    return dy;
+  }
+};
+
+template <class A>
+struct Relu {
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return z <= V{} ? V{} : z;
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V v, V dy) const {
+    return v <= V{} ? V{} : dy;
+  }
+};
+
+template <class A>
+struct Relu6 {
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    const V six = V{} + A{6}, low = z <= V{} ? V{} : z;
+    return low >= six ? six : low;
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V v, V dy) const {
+    const V low = v <= V{} ? V{} : dy;
+    return v >= V{} + A{6} ? V{} : low;
+  }
+};
+
+template <class A>
+struct LeakyRelu {
+  A slope;
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    const V less = z * slope;
+    return z > V{} ? z : less;
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V v, V dy) const {
+    const V less = dy * slope;
+    return v > V{} ? dy : less;
+  }
+};
+
+template <class A>
+struct Silu {
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return z / (V{} + A{1} + Exponential<V>::of(-z));
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    const V one = V{} + A{1}, sigmoid = one / (one + Exponential<V>::of(-z));
+    return dy * sigmoid * (one + z * (one - sigmoid));
+  }
+};
+
+template <class A>
+struct Hardswish {
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return z * Relu6<A>{}.apply(z + A{3}) / A{6};
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    const V three = V{} + A{3}, between = dy * (z / A{3} + A{0.5});
+    const V low = z <= -three ? V{} : between;
+    return z >= three ? dy : low;
+  }
+};
+
+// Any of them, chosen register by register
+template <class A>
+struct AnyActivation {
+  Activation kind;
+  A slope;
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return with([&](auto act) { return act.apply(z); }, z);
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V v, V dy) const {
+    return with([&](auto act) { return act.gradient(v, dy); }, v);
+  }
+
+ private:
+  template <class F, class V>
+  TAYLORKERN_INLINE V with(const F& f, V otherwise) const {
+    switch (kind) {
+      case Activation::none: return f(NoActivation<A>{});
+      case Activation::relu: return f(Relu<A>{});
+      case Activation::relu6: return f(Relu6<A>{});
+      case Activation::leaky_relu: return f(LeakyRelu<A>{slope});
+      case Activation::silu: return f(Silu<A>{});
+      case Activation::hardswish: return f(Hardswish<A>{});
+    }
+    return otherwise;
+  }
+};
 
 // level = dbias / M, slope = dweight / sqrt(var + eps) / M
 template <class V>

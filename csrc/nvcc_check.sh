@@ -22,21 +22,22 @@ cat >"$work/headers.cu" <<'EOF'
 using namespace taylorkern;
 
 template <class V>
-__global__ void every_formula(const V* in, V* out, double eps) {
+__global__ void every_formula(const V* in, V* out, double eps, int code) {
   const V x = in[0], mean = in[1], weight = in[2], bias = in[3], dy = in[4], var = in[5];
   const double invstd = inverse_std(var, eps);
-  const V scale = weight * rounded_inverse_std(var, eps, true);
+  const V scale = weight * running_inverse_std(var, eps);
   const V z = normalise(x, scale, normalise(-mean, scale, bias));
-  out[0] = relu(z);
-  out[1] = input_gradient(relu_backward(z, dy), x, mean, scale, in[6], in[7]);
+  const AnyActivation<V> act{static_cast<Activation>(code), in[9]};
+  out[0] = act.apply(z);
+  out[1] = input_gradient(act.gradient(z, dy), x, mean, scale, in[6], in[7]);
   out[2] = gate_gradient(weight, bias, in[8], in[9]);
   const Moments<double> all = joined(moments_about<double>(x, mean, var, 4.0), 4.0, Moments<double>{x, dy}, 8.0);
   out[3] = static_cast<V>(all.mean);
   out[4] = static_cast<V>(biased_variance<V>(all.m2, 12.0));
 }
 
-template __global__ void every_formula<float>(const float*, float*, double);
-template __global__ void every_formula<double>(const double*, double*, double);
+template __global__ void every_formula<float>(const float*, float*, double, int);
+template __global__ void every_formula<double>(const double*, double*, double, int);
 EOF
 
 status=0

@@ -18,7 +18,7 @@ namespace taylorkern {
 
 enum class Layout : int32_t { channels_first = 0, channels_last = 1 };
 enum class Dtype : int32_t { f32 = 0, f64 = 1, bf16 = 2 };
-enum class Activation : int32_t { none = 0, relu = 1 };
+enum class Activation : int32_t { none = 0, relu = 1, relu6 = 2, leaky_relu = 3, silu = 4, hardswish = 5 };
 
 struct Shape {
   int64_t N, C, S;
@@ -36,7 +36,7 @@ struct ChannelScores {
 
 // y = act(x * scale + shift [+ residual]), scale = weight / sqrt(var + eps), shift = bias - mean * scale, each rounded
 // as torch's own batch normalisation rounds it
-// relu(z) = 0 where z <= 0, else z: NaN stays NaN.
+// The activations are those of formula.h; slope is leaky_relu's for z below 0.
 struct BatchNormAct {
   Shape shape;
   const void* x;         // [N, C, S]
@@ -49,10 +49,11 @@ struct BatchNormAct {
   double eps;
   bool training;
   Activation activation;
+  double slope;
 };
 
-// dz = dy where the activation let it through, else 0. The relu mask is y > 0 where y is given, else z > 0 with z
-// computed from x by the forward's own expression (right only if there was no residual). A NaN y or z lets dy through.
+// dz = dy * act'(z). Where y is given it stands for z, as none, relu, relu6 and leaky_relu with slope >= 0 allow; else z
+// is computed from x by the forward's own expression (right only if there was no residual).
 // xhat = (x - mean) / sqrt(var + eps), A[n,c] = sum_S xhat * dz, B[n,c] = sum_S dz, M = N * S:
 //   s = weight * A + bias * B,  dweight = sum_N A,  dbias = sum_N B
 //   training: dx = scale * (dz - dbias / M - xhat * dweight / M);  otherwise: dx = scale * dz
@@ -60,7 +61,7 @@ struct BatchNormActBackward {
   Shape shape;
   const void* dy;      // [N, C, S]
   const void* x;       // [N, C, S]
-  const void* y;       // [N, C, S] or null; read for relu only
+  const void* y;       // [N, C, S] or null
   const void* weight;  // [C] acc or null: ones
   const void* bias;    // [C] acc or null: zeros
   const void* mean;    // [C] acc, as the forward used it
@@ -73,6 +74,7 @@ struct BatchNormActBackward {
   double eps;
   bool training;
   Activation activation;
+  double slope;
 };
 
 namespace cpu {

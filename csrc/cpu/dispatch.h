@@ -1,5 +1,7 @@
-// From the runtime dtype and layout to template arguments.
+// From runtime codes to template arguments.
 #pragma once
+
+#include <type_traits>
 
 #include "layout.h"
 
@@ -21,6 +23,33 @@ void dispatch(const Shape& shape, const Partition& part, const Run& run) {
     case Dtype::f32: return with_layout<float>(part, shape.layout, run);
     case Dtype::f64: return with_layout<double>(part, shape.layout, run);
     case Dtype::bf16: return with_layout<bfloat16>(part, shape.layout, run);
+  }
+}
+
+// What an operation does for a residual: nothing, everything, or a part that is decided at run time
+struct WithoutResidual : std::false_type {};
+struct WithResidual : std::true_type {};
+struct MaybeResidual {};
+
+// run(act, joined), with the activation over registers of A. What networks are made of has code of its own; the rest is
+// decided register by register.
+template <class A, class Run>
+void with_activation(Activation activation, double slope, bool alone, bool joined, const Run& run) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (activation == Activation::none && alone) return run(NoActivation<A>{}, WithoutResidual{});
+    if (activation == Activation::relu && alone) return run(Relu<A>{}, WithoutResidual{});
+    if (activation == Activation::relu && joined) return run(Relu<A>{}, WithResidual{});
+  }
+  run(AnyActivation<A>{activation, static_cast<A>(slope)}, MaybeResidual{});
+}
+
+// Whether a pointer is there: known in advance, or looked at
+template <class Residual>
+TAYLORKERN_INLINE bool given(const void* pointer) {
+  if constexpr (std::is_same_v<Residual, MaybeResidual>) {
+    return pointer != nullptr;
+  } else {
+    return Residual::value;
   }
 }
 

@@ -5,6 +5,8 @@
 //   moments(tile, x, mean, m2)       mean[c] and summed squared deviation m2[c] of the tile
 #pragma once
 
+#include <memory>
+
 #include "threads.h"
 #include "vector.h"
 
@@ -23,7 +25,8 @@ struct ChannelsFirst {
     for (int64_t n = tile.n0; n < tile.n1; ++n) {
       for (int64_t c = tile.c0; c < tile.c1; ++c) {
         const int64_t row = (n * part.C + c) * part.S;
-        for_packs<A>(row + tile.s0, row + tile.s1, [&](auto pack, int64_t i) { body(pack, i, c); });
+        for_packs<A>(row + tile.s0, row + tile.s1,
+                     [&](auto pack, int64_t i) TAYLORKERN_LAMBDA { body(pack, i, c); });
       }
     }
   }
@@ -35,7 +38,7 @@ struct ChannelsFirst {
       for (int64_t s = tile.s0; s < tile.s1; s += kSpan) {
         double span[K] = {};
         reduce_span<A>(row + s, row + std::min(s + kSpan, tile.s1), span,
-                       [&](auto pack, int64_t i, auto& out) { body(pack, i, c, out); });
+                       [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA { body(pack, i, c, out); });
         for (int k = 0; k < K; ++k) sums[k][c] += span[k];
       }
     }
@@ -65,16 +68,16 @@ struct ChannelsFirst {
 
   template <class A, int K, class Body>
   static TAYLORKERN_INLINE void reduce_span(int64_t begin, int64_t end, double (&sums)[K], const Body& body) {
-    with_width<A>(end - begin, [&](auto pack) {
+    with_width<A>(end - begin, [&](auto pack) TAYLORKERN_LAMBDA {
       using V = typename decltype(pack)::type;
       constexpr int kWays = 4;  // hides the latency of an addition
-      constexpr int64_t lanes = pack.lanes;
+      constexpr int64_t lanes = decltype(pack)::lanes;
       V ways[kWays][K] = {};
       int64_t i = begin;
       for (; i + kWays * lanes <= end; i += kWays * lanes) {
         for (int way = 0; way < kWays; ++way) body(pack, i + way * lanes, ways[way]);
       }
-      step(pack, i, end, [&](auto last, int64_t j) {
+      step(pack, i, end, [&](auto last, int64_t j) TAYLORKERN_LAMBDA {
         V out[K] = {};
         body(last, j, out);
         for (int k = 0; k < K; ++k) ways[0][k] += unless_covered(last, out[k], V{});
@@ -90,10 +93,11 @@ struct ChannelsFirst {
     using A = Acc<T>;
     const auto count = static_cast<double>(end - begin);
     double sum[1] = {};
-    reduce_span<A>(begin, end, sum, [&](auto pack, int64_t i, auto& out) { out[0] += load(pack, x + i); });
+    reduce_span<A>(begin, end, sum,
+                   [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA { out[0] += load(pack, x + i); });
     const A pivot = static_cast<A>(sum[0] / count);
     double about[2] = {};
-    reduce_span<A>(begin, end, about, [&](auto pack, int64_t i, auto& out) {
+    reduce_span<A>(begin, end, about, [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA {
       const auto d = load(pack, x + i) - splat(pack, pivot);
       out[0] += d;
       out[1] += d * d;
@@ -112,70 +116,94 @@ struct ChannelsLast {
 
   template <class A, class Body>
   void each(const Tile& tile, const Body& body) const {
-    for_rows<1>(tile, [&](int64_t row, auto) {
-      for_packs<A>(0, part.C, [&](auto pack, int64_t c) { body(pack, row * part.C + c, c); });
-    });
+    for (int64_t row = first_row(tile); row < last_row(tile); ++row) {
+      for_packs<A>(tile.c0, tile.c1,
+                   [&](auto pack, int64_t c) TAYLORKERN_LAMBDA { body(pack, row * part.C + c, c); });
+    }
   }
 
   template <class A, int K, class Body>
   void reduce(const Tile& tile, int64_t n, double* const (&sums)[K], const Body& body) const {
-    const Tile sample{n, n + 1, tile.c0, tile.c1, tile.s0, tile.s1, tile.slot};
-    for_rows<kBand>(sample, [&](int64_t row, auto rows) {
-      for_packs<A>(0, part.C, [&](auto pack, int64_t c) {
-        typename decltype(pack)::type out[K] = {};
-        for (int64_t r = row; r < row + rows; ++r) body(pack, r * part.C + c, c, out);
-        for (int k = 0; k < K; ++k) add_to(pack, sums[k] + c, out[k]);
-      });
-    });
+    const int64_t width = tile.c1 - tile.c0, end = n * part.S + tile.s1;
+    const std::unique_ptr<A[]> band(new A[K * width]);  // [K, width]
+    for (int64_t row = n * part.S + tile.s0; row < end; row += kBand) {
+      reduce_band<A, K>(tile, row, std::min(row + kBand, end), band.get(), body);
+      for (int k = 0; k < K; ++k) {
+        for_packs<double>(0, width, [&](auto pack, int64_t c) TAYLORKERN_LAMBDA {
+          add_to(pack, sums[k] + tile.c0 + c, load_wide(pack, band.get() + k * width + c));
+        });
+      }
+    }
   }
 
   template <class T>
   void moments(const Tile& tile, const T* x, double* mean, double* m2) const {
     using A = Acc<T>;
-    std::fill_n(mean, part.C, 0.0);
-    std::fill_n(m2, part.C, 0.0);
+    std::fill(mean + tile.c0, mean + tile.c1, 0.0);
+    std::fill(m2 + tile.c0, m2 + tile.c1, 0.0);
+    const int64_t width = tile.c1 - tile.c0, last = last_row(tile);
+    const std::unique_ptr<A[]> memory(new A[4 * width]);
+    A *sum = memory.get(), *pivot = sum + width, *about = pivot + width;  // about: [2, width]
     double seen = 0;
-    for_rows<kBand>(tile, [&](int64_t row, auto rows) {
-      const auto count = static_cast<double>(int64_t{rows});
-      for_packs<A>(0, part.C, [&](auto pack, int64_t c) {
-        const Pack<double, pack.lanes> wide{};
-        const auto band = band_moments(pack, x + row * part.C + c, rows);
-        const Moments<decltype(band.mean)> old{load(wide, mean + c), load(wide, m2 + c)};
+    for (int64_t row = first_row(tile), end; row < last; row = end) {
+      end = std::min(row + kBand, last);
+      reduce_band<A, 1>(tile, row, end, sum, [&](auto pack, int64_t i, int64_t, auto& out) TAYLORKERN_LAMBDA {
+        out[0] += load(pack, x + i);
+      });
+      const auto count = static_cast<double>(end - row);
+      for (int64_t c = 0; c < width; ++c) pivot[c] = sum[c] / static_cast<A>(count);
+      reduce_band<A, 2>(tile, row, end, about, [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA {
+        const auto d = load(pack, x + i) - load(pack, pivot + (c - tile.c0));
+        out[0] += d;
+        out[1] += d * d;
+      });
+      for_packs<double>(0, width, [&](auto pack, int64_t c) TAYLORKERN_LAMBDA {
+        const auto band = moments_about(load_wide(pack, pivot + c), load_wide(pack, about + c),
+                                        load_wide(pack, about + width + c), count);
+        double *to_mean = mean + tile.c0 + c, *to_m2 = m2 + tile.c0 + c;
+        const Moments<decltype(band.mean)> old{load(pack, to_mean), load(pack, to_m2)};
         const auto all = joined(old, seen, band, count);
-        store(wide, mean + c, unless_covered(pack, all.mean, old.mean));
-        store(wide, m2 + c, unless_covered(pack, all.m2, old.m2));
+        store(pack, to_mean, unless_covered(pack, all.mean, old.mean));
+        store(pack, to_m2, unless_covered(pack, all.m2, old.m2));
       });
       seen += count;
-    });
+    }
   }
 
  private:
-  static constexpr int64_t kBand = 8;  // rows whose same-numbered cache lines can't evict each other
+  static constexpr int64_t kStrip = 8;  // rows that a register sums at a time; more would evict one another's cache lines
+  static constexpr int64_t kBand = 128;  // rows whose sum is kept in the accumulation type
 
-  // body(row, rows) for the tile's rows of C values, `Band` at a time, a number the compiler knows, then the rest.
   // Whole samples follow one another.
-  template <int64_t Band, class Body>
-  TAYLORKERN_INLINE void for_rows(const Tile& tile, const Body& body) const {
-    const int64_t end = (tile.n1 - 1) * part.S + tile.s1;
-    int64_t row = tile.n0 * part.S + tile.s0;
-    for (; row + Band <= end; row += Band) body(row, std::integral_constant<int64_t, Band>{});
-    if constexpr (Band > 1) {
-      if (row < end) body(row, end - row);
-    }
+  int64_t first_row(const Tile& tile) const { return tile.n0 * part.S + tile.s0; }
+  int64_t last_row(const Tile& tile) const {
+    return tile.n1 > tile.n0 ? (tile.n1 - 1) * part.S + tile.s1 : first_row(tile);
   }
 
-  template <class P, class T, class Rows>
-  TAYLORKERN_INLINE auto band_moments(P pack, const T* x, Rows rows) const {
-    typename P::type sum{}, sum_d{}, sum_dd{};
-    for (int64_t r = 0; r < rows; ++r) sum += load(pack, x + r * part.C);
-    const auto pivot = sum / static_cast<typename P::acc>(int64_t{rows});
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto d = load(pack, x + r * part.C) - pivot;
-      sum_d += d;
-      sum_dd += d * d;
+  // sums [K, width] of the terms of rows [row, end)
+  template <class A, int K, class Body>
+  TAYLORKERN_INLINE void reduce_band(const Tile& tile, int64_t row, int64_t end, A* sums, const Body& body) const {
+    std::fill_n(sums, K * (tile.c1 - tile.c0), A{});
+    for (; row + kStrip <= end; row += kStrip) {
+      reduce_strip<A, K>(tile, row, std::integral_constant<int64_t, kStrip>{}, sums, body);
     }
-    const auto count = static_cast<double>(int64_t{rows});
-    return moments_about(widen(pack, pivot), widen(pack, sum_d), widen(pack, sum_dd), count);
+    if (row < end) reduce_strip<A, K>(tile, row, end - row, sums, body);
+  }
+
+  // `rows` is a number that the compiler knows, but for the last ones.
+  template <class A, int K, class Rows, class Body>
+  TAYLORKERN_INLINE void reduce_strip(const Tile& tile, int64_t row, Rows rows, A* sums, const Body& body) const {
+    const int64_t C = part.C, width = tile.c1 - tile.c0;
+    for_packs<A>(tile.c0, tile.c1, [&](auto pack, int64_t c) TAYLORKERN_LAMBDA {
+      typename decltype(pack)::type out[K] = {};
+      const int64_t first = row * C + c;
+      unrolled(rows, [&](int64_t r) TAYLORKERN_LAMBDA { body(pack, first + r * C, c, out); });
+      for (int k = 0; k < K; ++k) {
+        A* to = sums + k * width + (c - tile.c0);
+        const auto old = load(pack, to);
+        store(pack, to, unless_covered(pack, old + out[k], old));
+      }
+    });
   }
 };
 

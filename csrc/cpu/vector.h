@@ -8,9 +8,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../formula.h"
+
+// Between a lambda's parameters and its body: the loops of layout.h and their bodies become one piece of code.
+#define TAYLORKERN_LAMBDA __attribute__((always_inline))
 
 namespace taylorkern::cpu {
 
@@ -81,6 +85,19 @@ TAYLORKERN_INLINE void step(Pack<A, Lanes>, int64_t from, int64_t end, const F& 
 template <class A, class F>
 TAYLORKERN_INLINE void for_packs(int64_t begin, int64_t end, const F& f) {
   with_width<A>(end - begin, [&](auto pack) { step(pack, begin, end, f); });
+}
+
+// f(0), f(1) ... f(count - 1); without a loop where count is a number that the compiler knows
+template <class F>
+TAYLORKERN_INLINE void unrolled(int64_t count, const F& f) {
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+template <int64_t Count, class F>
+TAYLORKERN_INLINE void unrolled(std::integral_constant<int64_t, Count>, const F& f) {
+  if constexpr (Count > 0) {
+    unrolled(std::integral_constant<int64_t, Count - 1>{}, f);
+    f(Count - 1);
+  }
 }
 
 template <class To, class From>
@@ -158,12 +175,18 @@ TAYLORKERN_INLINE V unless_covered(P pack, V fresh, V old) {
   return fresh;
 }
 
-// to[0..lanes) += value, in double
+// Values of the accumulation type A as doubles
+template <class P, class A>
+TAYLORKERN_INLINE typename P::type load_wide(P, const A* from) {
+  const Pack<A, P::lanes> narrow{};
+  return widen(narrow, load(narrow, from));
+}
+
+// to[0..lanes) += value
 template <class P>
 TAYLORKERN_INLINE void add_to(P pack, double* to, typename P::type value) {
-  const Pack<double, P::lanes> wide{};
-  const auto old = load(wide, to);
-  store(wide, to, unless_covered(pack, old + widen(pack, value), old));
+  const auto old = load(pack, to);
+  store(pack, to, unless_covered(pack, old + value, old));
 }
 
 template <int64_t Lanes>
@@ -200,6 +223,37 @@ struct MultiplyAdd<V, std::enable_if_t<!std::is_arithmetic_v<V>>> {
     V sum{};
     for (size_t lane = 0; lane < sizeof(V) / sizeof(a[0]); ++lane) sum[lane] = std::fma(a[lane], b[lane], c[lane]);
     return sum;
+  }
+};
+
+// Of float registers: x = k ln 2 + r, e^r by its Taylor polynomial, |r| <= ln(2) / 2, and 2^k by the exponent's bits.
+// Below the normal numbers it is 0, above the largest it is infinite.
+template <class V>
+struct Exponential<V, std::enable_if_t<!std::is_arithmetic_v<V>>> {
+  using Number = std::remove_reference_t<decltype(V{}[0])>;
+  static constexpr int64_t kCount = sizeof(V) / sizeof(Number);
+
+  static TAYLORKERN_INLINE V of(V x) {
+    if constexpr (sizeof(Number) == 8) {
+      for (int64_t lane = 0; lane < kCount; ++lane) x[lane] = std::exp(x[lane]);
+      return x;
+    } else {
+      using Bits = cpu::Vector<int32_t, kCount>;
+      const V scaled = x * 1.44269504f;
+      const V bounded = scaled > 128.0f ? V{} + 128.0f : (scaled < -125.0f ? V{} - 125.0f : scaled);
+      const Bits k = cpu::convert<Bits>(bounded + (bounded < 0.0f ? V{} - 0.5f : V{} + 0.5f));
+      const V turns = cpu::convert<V>(k);
+      const auto fma = [](V a, V b, V c) TAYLORKERN_LAMBDA { return MultiplyAdd<V>::of(a, b, c); };
+      const V r = fma(turns, V{} - 1.42860677e-6f, fma(turns, V{} - 0.693145752f, x));
+      V p = V{} + 1.0f / 5040;
+      for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+        p = fma(p, r, V{} + coefficient);
+      }
+      // 2^128 in two factors
+      const V result = p * cpu::bit_cast<V>((k + 126) << 23) * 2.0f;
+      const V upper = scaled > 128.0f ? V{} + std::numeric_limits<float>::infinity() : result;
+      return scaled < -125.0f ? V{} : upper;
+    }
   }
 };
 

@@ -1,0 +1,169 @@
+#include "channels.h"
+#include "dispatch.h"
+
+namespace taylorkern::cpu {
+namespace {
+
+// With a residual the activation's gradient is taken at y instead of at a z computed from x, and dz kept in dresidual.
+template <class T, class L, class Act, class Residual>
+class Backward {
+  using A = Acc<T>;
+  const BatchNormActBackward& args;
+  const Partition& part;
+  const L& layout;
+  const Act act;
+  const Channels<A> channels;
+  // [slots, C] each, then [C] each for one sample at a time: per worker where they share channels
+  const std::unique_ptr<double[]> centred, plain;
+
+  const T* const x = static_cast<const T*>(args.x);
+  const T* const dy = static_cast<const T*>(args.dy);
+  const T* const y = static_cast<const T*>(args.y);
+  T* const dx = static_cast<T*>(args.dx);
+  T* const dresidual = static_cast<T*>(args.dresidual);
+  const A* const mean = static_cast<const A*>(args.mean);
+  A* const s = static_cast<A*>(args.s);
+
+ public:
+  Backward(const BatchNormActBackward& args, const Partition& part, const L& layout, Act act, int threads)
+      : args(args),
+        part(part),
+        layout(layout),
+        act(act),
+        channels(part.C),
+        centred(new double[(part.slots() + threads) * part.C]),
+        plain(new double[(part.slots() + threads) * part.C]) {}
+
+  void run(int threads) const {
+    if (part.slots() == 0) std::fill_n(s, part.N * part.C, A{});
+    for_ranges(part, threads, [&](const Range& range, int) {
+      channels.fill(args, range);
+      parallel_for(part.slots(), range.threads,
+                   [&](int64_t slot, int worker) { reduce(part.tile(slot, range), worker); });
+      combine(range);
+      if (!args.training) return;
+      parallel_for(
+          part.slots(), range.threads, [&](int64_t slot, int) { write_input_gradient(part.tile(slot, range)); }, true);
+    });
+  }
+
+ private:
+  // dz of the elements at offset i, channel c
+  template <class P, class V>
+  TAYLORKERN_INLINE V activation_gradient(P pack, int64_t i, int64_t c, V x_value) const {
+    const V dy_value = load(pack, dy + i);
+    if (given<Residual>(y)) {
+      return act.gradient(load(pack, y + i), dy_value);
+    } else {
+      const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
+      return act.gradient(normalise(x_value, of(channels.scale), of(channels.shift)), dy_value);
+    }
+  }
+
+  // Sums of one tile, and what needs no more: dresidual, dx of evaluation mode, s of samples that it holds whole
+  void reduce(const Tile& tile, int worker) const {
+    const int64_t C = part.C;
+    double* const total[2] = {centred.get() + tile.slot * C, plain.get() + tile.slot * C};
+    double* const sample[2] = {centred.get() + (part.slots() + worker) * C, plain.get() + (part.slots() + worker) * C};
+    for (double* sums : total) std::fill(sums + tile.c0, sums + tile.c1, 0.0);
+    for (int64_t n = tile.n0; n < tile.n1; ++n) {
+      for (double* sums : sample) std::fill(sums + tile.c0, sums + tile.c1, 0.0);
+      reduce_sample(tile, n, sample);
+      for_packs<double>(tile.c0, tile.c1, [&](auto pack, int64_t c) {
+        const auto of_centred = load(pack, sample[0] + c), of_plain = load(pack, sample[1] + c);
+        add_to(pack, total[0] + c, of_centred);
+        add_to(pack, total[1] + c, of_plain);
+        if (part.whole_samples()) write_score(pack, n, c, of_centred, of_plain);
+      });
+    }
+  }
+
+  // sums: (x - mean) * dz and dz
+  void reduce_sample(const Tile& tile, int64_t n, double* const (&sums)[2]) const {
+    T* const to_dx = args.training ? nullptr : dx;
+    layout.template reduce<A>(tile, n, sums, [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA {
+      const auto x_value = load(pack, x + i);
+      const auto dz = activation_gradient(pack, i, c, x_value);
+      out[0] += (x_value - layout.coefficient(pack, mean, c)) * dz;
+      out[1] += dz;
+      if (given<Residual>(dresidual)) store(pack, dresidual + i, dz);
+      if (to_dx) store(pack, to_dx + i, layout.coefficient(pack, channels.scale, c) * dz);
+    });
+  }
+
+  // s of one sample, from its sums
+  template <class P, class D>
+  TAYLORKERN_INLINE void write_score(P pack, int64_t n, int64_t c, D of_centred, D of_plain) const {
+    const D A_nc = of_centred * load(pack, channels.invstd + c);
+    const D score = gate_gradient(load_wide(pack, channels.weight + c), load_wide(pack, channels.bias + c), A_nc, of_plain);
+    store_rounded(pack, s + n * part.C + c, score);
+  }
+
+  // The batch's sums, in the order of the slots; s of samples that several tiles share
+  void combine(const Range& range) const {
+    const int64_t C = part.C;
+    for_channels(range, [&](auto pack, int64_t c) {
+      typename decltype(pack)::type all[2] = {};
+      for (int64_t slot = 0; slot < part.slots();) {
+        typename decltype(pack)::type sample[2] = {};
+        for (int64_t k = 0; k < part.slots_s; ++k, ++slot) {
+          sample[0] += load(pack, centred.get() + slot * C + c);
+          sample[1] += load(pack, plain.get() + slot * C + c);
+        }
+        if (!part.whole_samples()) write_score(pack, slot / part.slots_s - 1, c, sample[0], sample[1]);
+        all[0] += sample[0];
+        all[1] += sample[1];
+      }
+      write_channels(pack, c, all[0], all[1]);
+    });
+  }
+
+  // Parameter gradients, and what dx needs of them
+  template <class P, class D>
+  TAYLORKERN_INLINE void write_channels(P pack, int64_t c, D of_centred, D of_plain) const {
+    const auto M = static_cast<double>(part.N * part.S);
+    const D invstd = load(pack, channels.invstd + c);
+    const D dweight = of_centred * invstd;
+    store_rounded(pack, static_cast<A*>(args.dweight) + c, dweight);
+    store_rounded(pack, static_cast<A*>(args.dbias) + c, of_plain);
+    store_rounded(pack, channels.level + c, of_plain / M);
+    store_rounded(pack, channels.slope + c, dweight * invstd / M);
+  }
+
+  // dx of training mode, once the sums over the batch are known
+  void write_input_gradient(const Tile& tile) const {
+    layout.template each<A>(tile, [&](auto pack, int64_t i, int64_t c) TAYLORKERN_LAMBDA {
+      const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
+      const auto x_value = load(pack, x + i);
+      const auto dz = dz_again(pack, i, c, x_value);
+      store(pack, dx + i,
+            input_gradient(dz, x_value, of(mean), of(channels.scale), of(channels.level), of(channels.slope)));
+    });
+  }
+
+  template <class P, class V>
+  TAYLORKERN_INLINE V dz_again(P pack, int64_t i, int64_t c, V x_value) const {
+    if (given<Residual>(dresidual)) {
+      return load(pack, dresidual + i);
+    } else {
+      return activation_gradient(pack, i, c, x_value);
+    }
+  }
+};
+
+}  // namespace
+
+void batch_norm_act_backward(const BatchNormActBackward& args, int threads) {
+  const Partition part(args.shape, 2);
+  dispatch(args.shape, part, [&](auto element, const auto& layout) {
+    using T = decltype(element);
+    const bool alone = !args.y && !args.dresidual, joined = args.y && args.dresidual;
+    with_activation<Acc<T>>(args.activation, args.slope, alone, joined, [&](auto act, auto residual) {
+      using Pass = Backward<T, std::decay_t<decltype(layout)>, decltype(act), decltype(residual)>;
+      const int workers = part.useful(threads);
+      Pass(args, part, layout, act, workers).run(workers);
+    });
+  });
+}
+
+}  // namespace taylorkern::cpu
