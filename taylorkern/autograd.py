@@ -66,31 +66,80 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, residual, weight, bias, _, _, _, mean, var, ctx.training, ctx.eps, ctx.activation = inputs
-        ctx.masked_by_y = residual is not None and ctx.activation != "none"
-        ctx.save_for_backward(x, output if ctx.masked_by_y else None, weight, bias, mean, var)
+        x, residual, weight, bias, _, _, _, mean, var, *settings = inputs
+        _keep(ctx, x, residual, weight, bias, output, mean, var, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        try:
-            x, y, weight, bias, mean, var = ctx.saved_tensors
-        except RuntimeError as error:
-            if not _overwritten(error):
-                raise
-            raise InplaceError(
-                "the input or output of a scored batch normalisation was overwritten in place before backward, and "
-                "its score needs the value; use the out-of-place form of that operation"
-            ) from error
-        masked = ctx.masked_by_y and ctx.needs_input_grad[1]
-        dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
-            dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, masked
-        )
-        dresidual = dz if ctx.masked_by_y else dy
-        product = _affine(x, weight, bias, mean, var, ctx.eps) * dy if ctx.needs_input_grad[5] else None
-        gradients = (dx, dresidual, _as(dweight, weight), _as(dbias, bias), s, product, *[None] * 6)
+        dx, dresidual, dweight, dbias, s = _gradients(ctx, dy)
+        product = None
+        if ctx.needs_input_grad[5]:
+            x, _, weight, bias, mean, var = ctx.saved_tensors
+            product = _affine(x, weight, bias, mean, var, ctx.eps) * dy
         wanted = ctx.needs_input_grad
-        return tuple(g if needed else None for g, needed in zip(gradients, wanted, strict=True))
+        gradients = (dx, dresidual, dweight, dbias, s, product)
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 7
+
+
+class FusedBatchNormAct(torch.autograd.Function):
+    """y = act(batch_norm(x) + residual) as one operation, with a gate z [N, C] behind the affine map, or None.
+
+    ``follow`` is called with the mean and variance that were used, before anything is kept for backward: a checkpoint
+    may end a forward that it repeats right there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, z: Any, follow: Callable[[Tensor, Tensor], None],
+        running_mean: Any, running_var: Any, training: bool, *settings: Any,
+    ) -> Tensor:  # fmt: skip
+        y, mean, var = ops.batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, *settings)
+        follow(mean, var)
+        _keep(ctx, x, residual, weight, bias, y, mean, var, training, *settings)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        gradients = _gradients(ctx, dy)
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 7
+
+
+def attach(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """``function.apply(*arguments)``, all of them given, without the look at its signature, which takes longest."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        output: Tensor = function.apply(*arguments)
+        return output
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _keep(
+    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, y: Tensor, mean: Tensor, var: Tensor,
+    training: bool, eps: float, activation: str, slope: float,
+) -> None:  # fmt: skip
+    ctx.training, ctx.eps, ctx.activation, ctx.slope = training, eps, activation, slope
+    ctx.masked_by_y = residual is not None and activation != "none"
+    ctx.save_for_backward(x, y if ctx.masked_by_y else None, weight, bias, mean, var)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dresidual, dweight, dbias and s of what ``_keep`` has kept."""
+    try:
+        x, y, weight, bias, mean, var = ctx.saved_tensors
+    except RuntimeError as error:
+        if not _overwritten(error):
+            raise
+        raise InplaceError(
+            "the input or output of a scored batch normalisation was overwritten in place before backward, and "
+            "its score needs the value; use the out-of-place form of that operation"
+        ) from error
+    masked = ctx.masked_by_y and ctx.needs_input_grad[1]
+    dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
+        dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, masked
+    )
+    return dx, dz if ctx.masked_by_y else dy, _as(dweight, weight), _as(dbias, bias), s
 
 
 def _overwritten(error: RuntimeError) -> bool:
@@ -98,7 +147,9 @@ def _overwritten(error: RuntimeError) -> bool:
 
 
 def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient.to(parameter.dtype)
+    if parameter is None or gradient.dtype is parameter.dtype:
+        return gradient
+    return gradient.to(parameter.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,7 @@ forward and nothing else; with one it also delivers s [N, C], the gradient of it
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -14,8 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .autograd import BatchNormAct, ChannelGate, InplaceError
+from .autograd import BatchNormAct, ChannelGate, FusedBatchNormAct, InplaceError, attach
 from .gates import Gate
 from .ops import accumulator
 
@@ -41,7 +40,7 @@ class _Affine(Gated):
         z, e = self.gate.leaf(shape[0], shape[1], a), self.gate.elements(shape, a)
         # Compiled code keeps the output that it overwrites.
         recompute = None if torch.compiler.is_compiling() else _Recompute(self, args, kwargs, a.dtype)
-        return ChannelGate.apply(a, z, e, view, recompute)
+        return attach(ChannelGate, a, z, e, view, recompute)
 
     def _batched(self, a: Tensor) -> bool:
         raise NotImplementedError
@@ -279,23 +278,26 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
         y, *saved = torch.native_batch_norm(
             x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
-        mean, var = _used_statistics(saved if use_batch else running, use_batch, layer.eps, accumulator(x.dtype))
-    return BatchNormAct.apply(x, None, layer.weight, layer.bias, z, e, y, mean, var, use_batch, layer.eps, "none")
+        mean, var, eps = _batch_statistics(*saved, x) if use_batch else (*_copied(running, x), layer.eps)
+    settings = (use_batch, eps, "none", 0.0)
+    return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, *settings)
 
 
 def fused_batch_norm(
-    layer: nn.modules.batchnorm._BatchNorm, gate: Gate | None, x: Tensor, residual: Tensor | None, activation: str
+    layer: nn.modules.batchnorm._BatchNorm,
+    gate: Gate | None,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    slope: float = 0.0,
 ) -> Tensor:
     """act(layer(x) + residual) [N, C, *S] as one operation; running statistics as torch's, the gate on layer(x)."""
     use_batch, running = _mode(layer, x)
     z = gate.leaf(x.shape[0], x.shape[1], x) if gate is not None and gate.wanted() else None
-    weight, bias, eps = layer.weight, layer.bias, layer.eps
-    with torch.no_grad():
-        y, mean, var = ops.batch_norm_act(x, residual, weight, bias, *running, use_batch, eps, activation)
-        momentum = _momentum(layer)
-        if use_batch:
-            _follow(running, mean, var, x.numel() // x.shape[1], momentum)
-    return BatchNormAct.apply(x, residual, weight, bias, z, None, y, mean, var, use_batch, eps, activation)
+    momentum, count = _momentum(layer), x.numel() // x.shape[1]
+    follow = partial(_follow, running, count, momentum) if use_batch else _stay
+    settings = (use_batch, layer.eps, activation, slope)
+    return attach(FusedBatchNormAct, x, residual, layer.weight, layer.bias, z, follow, *running, *settings)
 
 
 Running = tuple[Tensor | None, Tensor | None]
@@ -311,7 +313,7 @@ def _mode(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> tuple[bool, Runn
     return use_batch, (layer.running_mean, layer.running_var) if tracked else (None, None)
 
 
-def _follow(running: Running, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
+def _follow(running: Running, count: int, momentum: float, mean: Tensor, var: Tensor) -> None:
     """Move the running statistics by ``momentum`` towards a batch's of ``count`` values a channel, ``var`` biased."""
     running_mean, running_var = running
     if running_mean is not None and running_var is not None:
@@ -320,13 +322,21 @@ def _follow(running: Running, mean: Tensor, var: Tensor, count: int, momentum: f
         running_var.data.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-def _used_statistics(
-    statistics: Sequence[Tensor | None], inverse: bool, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance as copies, from (mean, var) or, if ``inverse``, from (mean, 1/sqrt(var + eps))."""
-    mean, spread = statistics
-    assert mean is not None and spread is not None
-    var = spread.double() ** -2 - eps if inverse else spread
+def _stay(mean: Tensor, var: Tensor) -> None:
+    """Running statistics that are used as they are."""
+
+
+def _batch_statistics(mean: Tensor, inverse_std: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, variance and eps as the backward takes them, from what torch saved; the eps is in the variance already."""
+    dtype = accumulator(x.dtype)
+    return mean.to(dtype), inverse_std.to(dtype) ** -2, 0.0
+
+
+def _copied(running: Running, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The running statistics in the accumulator's dtype, for the layer may have moved on by the backward."""
+    mean, var = running
+    assert mean is not None and var is not None
+    dtype = accumulator(x.dtype)
     return mean.to(dtype, copy=True), var.to(dtype, copy=True)
 
 

@@ -5,23 +5,28 @@ float32 otherwise. Every operation is functional (no argument is written, no out
 deterministic: the same inputs give the same bits.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish")
+
+# What serves each operation; ``taylorkern.backends`` fills it in.
+IMPLEMENTATIONS: dict[str, Callable] = {}
 
 library = torch.library.Library("taylorkern", "DEF")
 library.define("channel_scores(Tensor a, Tensor g) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-    "Tensor? running_var, bool training, float eps, str activation) -> (Tensor, Tensor, Tensor)",
+    "Tensor? running_var, bool training, float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
     "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "bool training, float eps, str activation, bool residual_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool training, float eps, str activation, float slope, bool residual_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -53,7 +58,7 @@ def channel_scores(a: Tensor, g: Tensor) -> Tensor:
             "channel_scores needs an activation and its gradient of one shape [N, C, *S] and one dtype, "
             f"got {tuple(a.shape)} {a.dtype} and {tuple(g.shape)} {g.dtype}"
         )
-    return torch.ops.taylorkern.channel_scores.default(a, g)
+    return _called("channel_scores", a, g)
 
 
 def batch_norm_act(
@@ -66,13 +71,14 @@ def batch_norm_act(
     training: bool,
     eps: float,
     activation: str = "none",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = act((x - mean) / sqrt(var + eps) · weight + bias + residual), normalised per channel.
 
     ``x`` and ``residual`` are [N, C, *S]; ``weight``, ``bias`` and the running statistics are [C], of any float
     dtype. In training, ``mean`` and ``var`` are the batch's, over N and S, ``var`` biased; otherwise they are the
-    running ones. ``activation`` is "none" or "relu". Returns y (dtype and layout of x) and mean, var ([C],
-    accumulator's dtype). The running statistics are not updated here.
+    running ones. ``activation`` is one of ``ACTIVATIONS``; "leaky_relu" has ``slope`` below 0. Returns y (dtype and
+    layout of x) and mean, var ([C], accumulator's dtype). The running statistics are not updated here.
 
     Raises ValueError for an unknown activation, or where running statistics are needed and missing.
 
@@ -83,8 +89,8 @@ def batch_norm_act(
     _check_activation(activation)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch_norm_act with training=False needs running_mean and running_var; one is None")
-    return torch.ops.taylorkern.batch_norm_act.default(
-        x, residual, weight, bias, running_mean, running_var, training, eps, activation
+    return _called(
+        "batch_norm_act", x, residual, weight, bias, running_mean, running_var, training, eps, activation, slope
     )
 
 
@@ -99,20 +105,24 @@ def batch_norm_act_backward(
     training: bool,
     eps: float,
     activation: str = "none",
+    slope: float = 0.0,
     residual_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`batch_norm_act`, and the gate gradient s of its affine output, from the same sums.
 
-    With dz = dy·[y > 0] for relu and dy for none, x̂ = (x - mean) / sqrt(var + eps), and per sample and channel
+    With dz = dy·act'(z), z the activation's input, x̂ = (x - mean) / sqrt(var + eps), and per sample and channel
     A[n, c] = Σ_S x̂·dz and B[n, c] = Σ_S dz::
 
         s[n, c] = weight·A + bias·B        dweight = Σ_n A        dbias = Σ_n B
         dx = weight / sqrt(var + eps) · (dz - (dbias + x̂·dweight) / M)      in training, M = N·|S|
         dx = weight / sqrt(var + eps) · dz                                  otherwise
 
-    ``y`` is the forward's output; it may be None without a residual, where the mask is recomputed from x.
+    ``y`` is the forward's output, at which act' is taken with a residual; without one it may be None, and z is computed
+    from x. "silu", "hardswish" and "leaky_relu" with a slope below 0 can't be told from y, so they take None only.
     Returns dx (like x), dresidual (dz if ``residual_grad``, else an empty tensor), dweight and dbias ([C], acc)
     and s ([N, C], acc).
+
+    Raises ValueError for an unknown activation, or a ``y`` that this one can't use.
 
     >>> x, dy = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]])
     >>> one = torch.ones(1)
@@ -121,9 +131,41 @@ def batch_norm_act_backward(
             [4.]])
     """
     _check_activation(activation)
-    return torch.ops.taylorkern.batch_norm_act_backward.default(
-        dy, x, y, weight, bias, mean, var, training, eps, activation, residual_grad
+    if y is not None and not reads_output(activation, slope):
+        raise ValueError(f"the gradient of {activation} with slope {slope} can't be told from y: pass None")
+    return _called(
+        "batch_norm_act_backward",
+        dy, x, y, weight, bias, mean, var, training, eps, activation, slope, residual_grad,
+    )  # fmt: skip
+
+
+def reads_output(activation: str, slope: float) -> bool:
+    """Whether the activation's gradient can be told from its output, so that it may stand behind an addition.
+
+    >>> reads_output("relu6", 0.0), reads_output("silu", 0.0), reads_output("leaky_relu", -0.1)
+    (True, False, False)
+    """
+    return activation in ("none", "relu", "relu6") or (activation == "leaky_relu" and slope >= 0)
+
+
+def followed() -> bool:
+    """Whether somebody follows single operations: a compiler, a dispatch mode, a transform or a profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
     )
+
+
+def _called(operation: str, first: Tensor, *rest: Any) -> Any:
+    """The operation through torch's dispatcher, or without that detour where nobody would notice."""
+    if followed() or type(first) not in _PLAIN or torch.is_grad_enabled():
+        return getattr(torch.ops.taylorkern, operation).default(first, *rest)
+    return IMPLEMENTATIONS[operation](first, *rest)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check_activation(activation: str) -> None:

@@ -1,5 +1,6 @@
 """The C++ kernels against the float64 reference, over dtypes, layouts, shapes and numbers of threads."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -7,13 +8,18 @@ import threading
 import pytest
 import torch
 
+from taylorkern import ops
 from taylorkern.backends import native, reference
 from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SUMS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6}  # bf16 is summed in float32
 ELEMENTS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}  # half a unit of bf16 is 2^-9
-EPS = 1e-5
+EPS, SLOPE = 1e-5, 0.1
+# activation, residual
+FORMS = [(activation, False) for activation in ops.ACTIVATIONS]
+FORMS += [(activation, True) for activation in ops.ACTIVATIONS if ops.reads_output(activation, SLOPE)]
+EXACT = ("none", "relu", "relu6")  # dz is dy or 0
 
 MORE_SHAPES = [(1, 2, 300, 301), (70, 33, 5), (3, 257, 9, 9), (1, 1, 70001), (300, 40), (1, 65, 40, 3)]
 
@@ -62,6 +68,7 @@ def forward(backend, of, training, activation, residual, cast=lambda t: t):
         training,
         EPS,
         activation,
+        SLOPE,
     )
     return backend.batch_norm_act(*map(cast, arguments))
 
@@ -78,6 +85,7 @@ def backward(backend, of, y, mean, var, training, activation, residual, cast=lam
         training,
         EPS,
         activation,
+        SLOPE,
         residual,
     )
     return backend.batch_norm_act_backward(*map(cast, arguments))
@@ -102,21 +110,19 @@ def test_channel_scores_agree_with_float64(shape, dtype, layout):
 @pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
 def test_batch_norm_agrees_with_float64(shape, dtype, layout):
     of = batch_norm_inputs(shape, dtype, layout)
-    for training in (True, False):
-        for activation in ("none", "relu"):
-            for residual in (False, True):
-                y, mean, var = forward(native, of, training, activation, residual)
-                expected = forward(reference, of, training, activation, residual, cast=wide)
-                assert y.dtype == dtype
-                assert y.stride() == torch.empty_like(of["x"]).stride()
-                # x*scale + (bias - mean*scale) as torch rounds it: as exact as the size of its terms
-                scale = (of["weight"].double() / (expected[2] + EPS).sqrt()).abs()
-                terms = (of["x"].abs().double().amax() + expected[1].abs()) * scale + of["bias"].abs()
-                size = torch.maximum(terms.max(), expected[0].abs().max())
-                assert bool(((y.double() - expected[0]).abs() <= 2 * ELEMENTS[dtype] * size).all())
-                exact = two_pass(of["x"]) if training else expected[1:]
-                assert distance(mean, exact[0]) < SUMS[dtype]
-                assert distance(var, exact[1]) < SUMS[dtype] or float(exact[1].max()) == float(var.max()) == 0
+    for training, (activation, residual) in itertools.product((True, False), FORMS):
+        y, mean, var = forward(native, of, training, activation, residual)
+        expected = forward(reference, of, training, activation, residual, cast=wide)
+        assert y.dtype == dtype
+        assert y.stride() == torch.empty_like(of["x"]).stride()
+        # x*scale + (bias - mean*scale) as torch rounds it: as exact as the size of its terms
+        scale = (of["weight"].double() / (expected[2] + EPS).sqrt()).abs()
+        terms = (of["x"].abs().double().amax() + expected[1].abs()) * scale + of["bias"].abs()
+        size = torch.maximum(terms.max(), expected[0].abs().max())
+        assert bool(((y.double() - expected[0]).abs() <= 2 * ELEMENTS[dtype] * size).all()), (training, activation)
+        exact = two_pass(of["x"]) if training else expected[1:]
+        assert distance(mean, exact[0]) < SUMS[dtype]
+        assert distance(var, exact[1]) < SUMS[dtype] or float(exact[1].max()) == float(var.max()) == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,21 +131,20 @@ def test_batch_norm_agrees_with_float64(shape, dtype, layout):
 def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
     of = batch_norm_inputs(shape, dtype, layout)
     # statistics of few values make 1 / std ill-conditioned, so both start from given ones
-    for training in (True, False):
-        for activation in ("none", "relu"):
-            for residual in (False, True):
-                mean, var = of["mean"], of["var"]
-                y, *_ = forward(native, of, False, activation, residual)
-                given = y if residual else None
-                got = backward(native, of, given, mean, var, training, activation, residual)
-                expected = backward(reference, of, y, mean, var, training, activation, residual, cast=wide)
-                dx, dresidual, dweight, dbias, s = got
-                assert dx.stride() == torch.empty_like(of["x"]).stride()
-                assert dx.dtype == dtype
-                assert distance(dx, expected[0]) < 4 * ELEMENTS[dtype]
-                assert torch.equal(dresidual.double(), expected[1])
-                for got_sum, expected_sum in zip((dweight, dbias, s), expected[2:], strict=True):
-                    assert distance(got_sum, expected_sum) < 20 * SUMS[dtype]
+    for training, (activation, residual) in itertools.product((True, False), FORMS):
+        mean, var = of["mean"], of["var"]
+        y, *_ = forward(native, of, False, activation, residual)
+        got = backward(native, of, y if residual else None, mean, var, training, activation, residual)
+        # y decides, so that both are on the same side of 0; a y rounded to 6 is not on z's side of relu6's other kink
+        given = y if residual or activation in ("relu", "leaky_relu") else None
+        expected = backward(reference, of, given, mean, var, training, activation, residual, cast=wide)
+        dx, dresidual, dweight, dbias, s = got
+        assert dx.stride() == torch.empty_like(of["x"]).stride()
+        assert dx.dtype == dtype
+        assert distance(dx, expected[0]) < 4 * ELEMENTS[dtype]
+        assert distance(dresidual, expected[1]) <= (0 if activation in EXACT else ELEMENTS[dtype])
+        for got_sum, expected_sum in zip((dweight, dbias, s), expected[2:], strict=True):
+            assert distance(got_sum, expected_sum) < 20 * SUMS[dtype], (training, activation, residual)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -158,7 +163,7 @@ def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
 def test_statistics_survive_a_large_mean(shape, dtype, offset, bound, layout):
     """Raw sums of squares would lose every digit here."""
     x = (in_layout(normal(shape, 1, torch.float64), layout) + offset).to(dtype)
-    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
     exact_mean, exact_var = two_pass(x.double() - offset)
     assert distance(mean, exact_mean + offset) < torch.finfo(dtype).eps
     assert distance(var, exact_var) < bound
@@ -166,7 +171,7 @@ def test_statistics_survive_a_large_mean(shape, dtype, offset, bound, layout):
 
 def test_statistics_of_a_constant_are_exact():
     x = torch.full((3, 5, 7, 9), 0.1)
-    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
     assert torch.equal(mean, torch.full((5,), 0.1))
     assert bool((var >= 0).all())
     assert float(var.max()) < 1e-15
@@ -292,7 +297,7 @@ def test_tokens_last_are_channels_last():
     """[N, T, C], transposed to [N, C, T], is served without a copy."""
     tokens = normal((4, 19, 33), 1)
     x = tokens.transpose(1, 2)
-    y, *_ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none")
+    y, *_ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
     assert y.transpose(1, 2).is_contiguous()
     assert distance(native.channel_scores(x, y), (tokens * y.transpose(1, 2)).sum(1)) < 1e-5
 
@@ -315,13 +320,35 @@ def test_empty_tensors(shape, layout):
 def test_nan_and_infinity_are_not_hidden():
     x = normal((2, 3, 8, 8), 1)
     x[1, 2, 3, 4] = torch.nan
-    y, mean, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "relu")
+    y, mean, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "relu", 0.0)
     assert torch.equal(mean.isnan(), torch.tensor([False, False, True]))
     assert bool(y[:, 2].isnan().all())
     s = native.channel_scores(x, torch.ones_like(x))
     assert int(s.isnan().sum()) == 1
     x[1, 2, 3, 4] = torch.inf
     assert native.channel_scores(x, torch.ones_like(x))[1, 2] == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "silu", "hardswish"])
+def test_activations_are_torchs_own_at_the_kinks_and_far_out(name, dtype):
+    """y = act(x·1 + 0) and its gradient: at kinks, infinities, NaN, and where e^x leaves the dtype's range."""
+    far = [-torch.inf, -800.0, -90.0, -88.0, -87.0, 87.0, 88.0, 90.0, 800.0, torch.inf, torch.nan]
+    values = torch.tensor([-3.0, -0.0, 0.0, 3.0, 6.0, *far, *torch.linspace(-20, 20, 401).tolist()], dtype=dtype)
+    x = values.reshape(1, -1, 1, 1).clone().requires_grad_()
+    zero, one = torch.zeros(len(values), dtype=dtype), torch.ones(len(values), dtype=dtype)
+    slope = (SLOPE,) if name == "leaky_relu" else ()
+    expected = getattr(torch.nn.functional, name)(x, *slope)
+    (gradient,) = torch.autograd.grad(expected, x, torch.full_like(x, 3.0))
+    with torch.no_grad():
+        y, *_ = native.batch_norm_act(x, None, one, zero, zero, one, False, 0.0, name, SLOPE)
+        dx, *_ = native.batch_norm_act_backward(
+            torch.full_like(x, 3.0), x, None, one, zero, zero, one, False, 0.0, name, SLOPE, False
+        )
+    bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-30, "equal_nan": True}
+    torch.testing.assert_close(y, expected.detach(), **bound)
+    finite = x.detach().isfinite()  # beyond, torch's gradients are limits or NaN, as its version has it
+    torch.testing.assert_close(dx[finite], gradient[finite], rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_rounds_to_nearest_even_like_torch():
@@ -336,7 +363,7 @@ def test_bfloat16_rounds_to_nearest_even_like_torch():
     bias = values.repeat(1, 1).flatten()
     x = torch.zeros(1, len(bias), 2, 2, dtype=torch.bfloat16)
     zero, one = torch.zeros(len(bias)), torch.ones(len(bias))
-    y, *_ = native.batch_norm_act(x, None, one, bias, zero, one, False, 0.0, "none")
+    y, *_ = native.batch_norm_act(x, None, one, bias, zero, one, False, 0.0, "none", 0.0)
     expected = bias.to(torch.bfloat16)
     assert torch.equal(y[0, :, 1, 1].isnan(), expected.isnan())
     assert torch.equal(y[0, :, 1, 1].nan_to_num(), expected.nan_to_num())
@@ -347,13 +374,13 @@ def test_inputs_are_checked_before_they_become_addresses():
     with pytest.raises(ValueError, match=r"g has shape \(2, 3, 4\)"):
         native._Frame(x).dense("g", normal((2, 3, 4), 1))
     with pytest.raises(ValueError, match=r"weight has shape \(4,\)"):
-        native.batch_norm_act(x, None, torch.ones(4), C, C, C, False, EPS, "none")
+        native.batch_norm_act(x, None, torch.ones(4), C, C, C, False, EPS, "none", 0.0)
     with pytest.raises(ValueError, match="residual has shape"):
-        native.batch_norm_act(x, x[:1], C, C, C, C, False, EPS, "none")
+        native.batch_norm_act(x, x[:1], C, C, C, C, False, EPS, "none", 0.0)
     with pytest.raises(ValueError, match="running_mean"):
-        native.batch_norm_act(x, None, C, C, None, C, False, EPS, "none")
+        native.batch_norm_act(x, None, C, C, None, C, False, EPS, "none", 0.0)
     with pytest.raises(ValueError, match="mean has shape"):
-        native.batch_norm_act_backward(x, x, None, C, C, torch.ones(1), C, True, EPS, "none", False)
+        native.batch_norm_act_backward(x, x, None, C, C, torch.ones(1), C, True, EPS, "none", 0.0, False)
 
 
 def test_bindings_refuse_nonsense():

@@ -4,13 +4,28 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 
 from taylorkern import ops
-from taylorkern.autograd import BatchNormAct, ChannelGate
+from taylorkern.autograd import BatchNormAct, ChannelGate, FusedBatchNormAct
 from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
-FORMS = list(itertools.product([True, False], ["none", "relu"], [False, True]))  # training, activation, residual
+SLOPE = 0.1
+# training, activation, residual
+FORMS = [
+    form
+    for form in itertools.product([True, False], ops.ACTIVATIONS, [False, True])
+    if not form[2] or ops.reads_output(form[1], SLOPE)
+]
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
 
 
 def column(v, x):
@@ -25,7 +40,7 @@ def gated_batch_norm(x, residual, weight, bias, mean, var, z, training, eps, act
     y = (x - column(mean, x)) / column((var + eps).sqrt(), x) * column(weight, x) + column(bias, x)
     y = y * z.reshape(*z.shape, *[1] * (x.dim() - 2))
     y = y if residual is None else y + residual
-    return y.relu() if activation == "relu" else y
+    return ACTIVATIONS[activation](y)
 
 
 def inputs(shape, layout, residual, dtype=torch.float32):
@@ -50,10 +65,10 @@ def expected(x, residual, weight, bias, mean, var, dy, training, activation):
 
 
 def computed(x, residual, weight, bias, mean, var, dy, training, activation):
-    y, m, v = ops.batch_norm_act(x, residual, weight, bias, mean, var, training, 1e-5, activation)
+    y, m, v = ops.batch_norm_act(x, residual, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
     saved = y if residual is not None else None
     dx, dresidual, dweight, dbias, s = ops.batch_norm_act_backward(
-        dy, x, saved, weight, bias, m, v, training, 1e-5, activation, residual is not None
+        dy, x, saved, weight, bias, m, v, training, 1e-5, activation, SLOPE, residual is not None
     )
     return y, dx, dweight, dbias, s, dresidual if residual is not None else None
 
@@ -107,7 +122,9 @@ def test_layouts_of_activation_and_gradient_may_differ():
 def test_output_keeps_dtype_and_layout(dtype, layout):
     x, r, weight, bias, mean, var, dy = inputs((2, 16, 6, 6), layout, True, dtype)
     y, m, _ = ops.batch_norm_act(x, r, weight, bias, mean, var, True, 1e-5, "relu")
-    dx, dresidual, dweight, _, s = ops.batch_norm_act_backward(dy, x, y, weight, bias, m, var, True, 1e-5, "relu", True)
+    dx, dresidual, dweight, _, s = ops.batch_norm_act_backward(
+        dy, x, y, weight, bias, m, var, True, 1e-5, "relu", 0.0, True
+    )
     for t in (y, dx, dresidual):
         assert t.dtype == dtype and t.stride() == x.stride()
     for t in (m, dweight, s):
@@ -142,10 +159,10 @@ def test_opcheck(layout):
     opcheck(torch.ops.taylorkern.channel_scores.default, (a, g))
     for training, activation, residual in FORMS:
         x, r, weight, bias, mean, var, dy = inputs((3, 5, 4, 3), layout, residual)
-        forward = (x, r, weight, bias, mean, var, training, 1e-5, activation)
+        forward = (x, r, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
         opcheck(torch.ops.taylorkern.batch_norm_act.default, forward)
-        y = ops.batch_norm_act(*forward)[0]
-        backward = (dy, x, y, weight, bias, mean, var, training, 1e-5, activation, residual)
+        y = ops.batch_norm_act(*forward)[0] if residual else None
+        backward = (dy, x, y, weight, bias, mean, var, training, 1e-5, activation, SLOPE, residual)
         opcheck(torch.ops.taylorkern.batch_norm_act_backward.default, backward)
 
 
@@ -156,11 +173,18 @@ def test_gradcheck(training, activation, residual):
 
     def run(x, weight, bias, r=None):
         z = torch.ones(3, 4, dtype=torch.float64)
+        return FusedBatchNormAct.apply(
+            x, r, weight, bias, z, lambda *_: None, mean, var, training, 1e-5, activation, SLOPE
+        )
+
+    def attached(x, weight, bias, r=None):
+        z = torch.ones(3, 4, dtype=torch.float64)
         with torch.no_grad():
-            forward = ops.batch_norm_act(x, r, weight, bias, mean, var, training, 1e-5, activation)
-        return BatchNormAct.apply(x, r, weight, bias, z, None, *forward, training, 1e-5, activation)
+            forward = ops.batch_norm_act(x, r, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
+        return BatchNormAct.apply(x, r, weight, bias, z, None, *forward, training, 1e-5, activation, SLOPE)
 
     assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(attached, leaves)
 
 
 def test_gradcheck_of_the_channel_gate():
@@ -177,3 +201,6 @@ def test_bad_arguments_are_named():
         ops.batch_norm_act(x, None, None, None, None, None, True, 1e-5, "gelu")
     with pytest.raises(ValueError, match="running_mean"):
         ops.batch_norm_act(x, None, None, None, None, None, False, 1e-5, "none")
+    for activation, slope in (("silu", 0.0), ("hardswish", 0.0), ("leaky_relu", -0.1)):
+        with pytest.raises(ValueError, match=f"{activation} with slope"):
+            ops.batch_norm_act_backward(x, x, x, None, None, x[0], x[0], True, 1e-5, activation, slope)

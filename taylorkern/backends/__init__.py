@@ -20,7 +20,10 @@ PROVIDERS: dict[str, tuple[ModuleType, ...]] = {
 
 def provider(operation: str, tensor: Tensor) -> ModuleType:
     """The backend module that serves ``operation`` for tensors of this device and dtype."""
-    return next(backend for backend in PROVIDERS[tensor.device.type] if backend.supports(operation, tensor))
+    for backend in PROVIDERS[tensor.device.type]:
+        if backend.supports(operation, tensor):
+            return backend
+    raise NotImplementedError(f"no backend serves {operation} for {tensor.dtype} on {tensor.device}")
 
 
 def _serve(operation: str) -> Callable:
@@ -31,5 +34,6 @@ def _serve(operation: str) -> Callable:
 
 
 for _operation in OPERATIONS:
+    ops.IMPLEMENTATIONS[_operation] = _serve(_operation)
     for _device in PROVIDERS:
-        ops.library.impl(_operation, _serve(_operation), _device.upper())
+        ops.library.impl(_operation, ops.IMPLEMENTATIONS[_operation], _device.upper())

@@ -10,13 +10,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..ops import ACTIVATIONS, accumulator
+from ..ops import ACTIVATIONS
 from . import build
 from .toolchain import BuildError
 
 # The codes of ops.h. What isn't here, float16 above all, is served by the reference.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
 
 ORIGINS = {
@@ -42,9 +43,9 @@ _outcome: build.Library | BuildError | None = None  # None before the first use
 
 def supports(operation: str, tensor: Tensor) -> bool:
     """Whether ``operation`` on tensors like this one is served here. The first yes has loaded the kernels."""
-    known = operation in OPERATIONS and tensor.dtype in DTYPES and tensor.device.type == "cpu"
-    plain = tensor.layout == torch.strided and not tensor.is_neg()
-    return known and plain and tensor.dim() >= 2 and isinstance(_library(), build.Library)
+    known = operation in OPERATIONS and tensor.dtype in DTYPES and tensor.is_cpu
+    plain = tensor.layout is torch.strided and not tensor.is_neg()
+    return known and plain and tensor.dim() >= 2 and isinstance(_outcome or _library(), build.Library)
 
 
 def status() -> Status:
@@ -77,6 +78,7 @@ def batch_norm_act(
     training: bool,
     eps: float,
     activation: str,
+    slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``taylorkern::batch_norm_act`` of :mod:`taylorkern.ops`."""
     frame = _Frame(x)
@@ -96,7 +98,8 @@ def batch_norm_act(
         var,
         eps,
         training,
-        ACTIVATIONS.index(activation),
+        _ACTIVATION_CODES[activation],
+        slope,
     )
     return frame.given(y), mean, var
 
@@ -112,6 +115,7 @@ def batch_norm_act_backward(
     training: bool,
     eps: float,
     activation: str,
+    slope: float,
     residual_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``taylorkern::batch_norm_act_backward`` of :mod:`taylorkern.ops`."""
@@ -135,17 +139,23 @@ def batch_norm_act_backward(
         s,
         eps,
         training,
-        ACTIVATIONS.index(activation),
+        _ACTIVATION_CODES[activation],
+        slope,
     )
     return frame.given(dx), x.new_empty(0) if dresidual is None else frame.given(dresidual), dweight, dbias, s
 
 
 class _Frame:
-    """One call's sizes and layout, those of one tensor [N, C, *S]; every other tensor is brought into them."""
+    """One call's sizes and layout, those of one tensor [N, C, *S]; every other tensor is brought into them.
+
+    It runs four times per layer and step, on caches that a kernel has just swept: every attribute counts.
+    """
+
+    __slots__ = ("acc", "dtype", "layout", "like", "shape", "strided")
 
     def __init__(self, x: Tensor) -> None:
-        self.like = x
-        self.acc = accumulator(x.dtype)
+        self.like, self.shape, self.dtype = x, x.shape, x.dtype
+        self.acc = torch.float64 if x.dtype is torch.float64 else torch.float32
         layout = _layout(x)
         self.strided = layout is None  # in neither layout: outputs take the strides that empty_like gives
         self.layout = _layout_like(x) if layout is None else layout
@@ -154,8 +164,10 @@ class _Frame:
         """``t`` in the frame's dtype and layout: itself if it is so already."""
         if t is None:
             return None
-        self._check(name, t, self.like.shape)
-        t = t.to(self.like.dtype).resolve_neg()
+        if t.shape != self.shape or not t.is_cpu:
+            raise self._refusal(name, t, self.shape)
+        if t.dtype is not self.dtype or t.is_neg():
+            t = t.to(self.dtype).resolve_neg()
         return t if _is_dense(t, self.layout) else self._fresh().copy_(t)
 
     def vector(self, name: str, v: Tensor | None) -> Tensor | None:
@@ -165,7 +177,10 @@ class _Frame:
     def required_vector(self, name: str, v: Tensor | None) -> Tensor:
         if v is None:
             raise ValueError(f"{name} is None where training is False")
-        self._check(name, v, self.like.shape[1:2])
+        if v.shape != self.shape[1:2] or not v.is_cpu:
+            raise self._refusal(name, v, self.shape[1:2])
+        if v.dtype is self.acc and v.is_contiguous() and not v.is_neg():
+            return v
         return v.to(self.acc).resolve_neg().contiguous()
 
     def output(self) -> Tensor:
@@ -177,36 +192,39 @@ class _Frame:
         return torch.empty_like(self.like).copy_(out) if self.strided else out
 
     def per_sample(self) -> Tensor:
-        return self.like.new_empty(self.like.shape[:2], dtype=self.acc)
+        return torch.empty(self.shape[:2], dtype=self.acc, device="cpu")
 
     def per_channel(self) -> Tensor:
-        return self.like.new_empty(self.like.shape[1], dtype=self.acc)
+        return torch.empty(self.shape[1], dtype=self.acc, device="cpu")
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
-        sizes = (*self.like.shape[:2], prod(self.like.shape[2:]))
+        N, C, *S = self.shape
         getattr(_kernels(), kernel)(
-            *map(_passed, arguments), *sizes, self.layout, DTYPES[self.like.dtype], torch.get_num_threads()
+            *map(_passed, arguments), N, C, prod(S), self.layout, DTYPES[self.dtype], torch.get_num_threads()
         )
 
-    def _check(self, name: str, t: Tensor, shape: torch.Size) -> None:
-        if t.shape != shape or t.device != self.like.device:
-            needed = f"{tuple(shape)} on {self.like.device}"
-            raise ValueError(f"{name} has shape {tuple(t.shape)} on {t.device}; needed: {needed}")
+    def _refusal(self, name: str, t: Tensor, shape: torch.Size) -> ValueError:
+        needed = f"{tuple(shape)} on {self.like.device}"
+        return ValueError(f"{name} has shape {tuple(t.shape)} on {t.device}; needed: {needed}")
 
     def _fresh(self) -> Tensor:
-        N, C, *S = self.like.shape
+        N, C, *S = self.shape
         if self.layout == CHANNELS_FIRST:
             return self.like.new_empty(N, C, *S)
         return self.like.new_empty(N, *S, C).movedim(-1, 1)
 
 
 def _is_dense(t: Tensor, layout: int) -> bool:
-    return t.is_contiguous() if layout == CHANNELS_FIRST else t.movedim(1, -1).is_contiguous()
+    if layout == CHANNELS_FIRST:
+        return t.is_contiguous()
+    if t.dim() == 4:
+        return t.is_contiguous(memory_format=torch.channels_last)
+    return t.movedim(1, -1).is_contiguous()
 
 
 def _layout(t: Tensor) -> int | None:
     """The layout that ``t`` is dense in; where both are the same memory, the one with the longer inner loop."""
-    if _is_dense(t, CHANNELS_FIRST):
+    if t.is_contiguous():
         return CHANNELS_LAST if prod(t.shape[2:]) == 1 else CHANNELS_FIRST
     return CHANNELS_LAST if _is_dense(t, CHANNELS_LAST) else None
 
@@ -246,7 +264,7 @@ def _loaded() -> build.Library | BuildError:
 
 
 def _kernels() -> ModuleType:
-    outcome = _library()
+    outcome = _outcome or _library()
     if isinstance(outcome, BuildError):
         raise outcome
     return outcome.module

@@ -1,9 +1,41 @@
 """Every operation in plain PyTorch: any device, dtype and strides. The other backends are tested against this one."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import accumulator
+
+
+class Activation(NamedTuple):
+    """act(z), and dL/dz from z (or y, see ``ops.reads_output``) and dy. A NaN lets a gradient through, as in torch."""
+
+    apply: Callable[[Tensor, float], Tensor]
+    gradient: Callable[[Tensor, Tensor, float], Tensor]
+
+
+def _silu_gradient(z: Tensor, dy: Tensor, slope: float) -> Tensor:
+    share = torch.sigmoid(z)
+    return dy * share * (1 + z * (1 - share))
+
+
+def _hardswish_gradient(z: Tensor, dy: Tensor, slope: float) -> Tensor:
+    return torch.where(z >= 3, dy, torch.where(z <= -3, 0, dy * (z / 3 + 0.5)))
+
+
+ACTIVATIONS = {
+    "none": Activation(lambda z, slope: z, lambda z, dy, slope: dy),
+    "relu": Activation(lambda z, slope: torch.relu(z), lambda z, dy, slope: torch.where(z <= 0, 0, dy)),
+    "relu6": Activation(lambda z, slope: F.relu6(z), lambda z, dy, slope: torch.where((z <= 0) | (z >= 6), 0, dy)),
+    "leaky_relu": Activation(
+        lambda z, slope: F.leaky_relu(z, slope), lambda z, dy, slope: torch.where(z > 0, dy, dy * slope)
+    ),
+    "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
+    "hardswish": Activation(lambda z, slope: F.hardswish(z), _hardswish_gradient),
+}
 
 
 def supports(operation: str, tensor: Tensor) -> bool:
@@ -25,14 +57,14 @@ def batch_norm_act(
     training: bool,
     eps: float,
     activation: str,
+    slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     mean, var = _statistics(wide, running_mean, running_var, training)
     z = _affine(wide, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
-    y = torch.relu(z) if activation == "relu" else z
-    return _like(y, x), mean, var
+    return _like(ACTIVATIONS[activation].apply(z, slope), x), mean, var
 
 
 def batch_norm_act_backward(
@@ -46,14 +78,14 @@ def batch_norm_act_backward(
     training: bool,
     eps: float,
     activation: str,
+    slope: float,
     residual_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = accumulator(x.dtype)
     wide, dz = x.to(acc), dy.to(acc)
     xhat = (wide - _column(mean, x)) * _column(torch.rsqrt(var + eps), x)
-    if activation == "relu":
-        z = _affine(wide, weight, bias, mean, var, eps) if y is None else y
-        dz = torch.where(z <= 0, 0, dz)  # a NaN lets the gradient through, as in torch
+    z = _affine(wide, weight, bias, mean, var, eps) if y is None else y.to(acc)
+    dz = ACTIVATIONS[activation].gradient(z, dz, slope)
     A, B = _spatial_sum(xhat * dz), _spatial_sum(dz)  # [N, C]
     dweight, dbias = A.sum(0), B.sum(0)
     s = _scale(weight, A) * A + (0 if bias is None else bias.to(acc) * B)
