@@ -61,12 +61,21 @@ void batch_norm_act_backward(Address dy, Address x, Address y, Address weight, A
   cpu::batch_norm_act_backward(args, threads);
 }
 
+void follow(Address mean, Address var, Address running_mean, Address running_var, double momentum, double correction,
+            int64_t C, int dtype) {
+  const Shape shape = checked_shape(1, C, 1, 0, dtype);
+  cpu::follow({C, shape.dtype, required("mean", mean, C), required("var", var, C),
+               required("running_mean", running_mean, C), required("running_var", running_var, C), momentum,
+               correction});
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
   module.def("channel_scores", &channel_scores);
   module.def("batch_norm_act", &batch_norm_act);
   module.def("batch_norm_act_backward", &batch_norm_act_backward);
+  module.def("follow", &follow);
 }
 
 }  // namespace taylorkern

@@ -173,6 +173,12 @@ TAYLORKERN_INLINE V gate_gradient(V weight, V bias, V A, V B) {
   return weight * A + bias * B;
 }
 
+// From `start` by a share of the way to `end`, which is reached at 1
+template <class A>
+TAYLORKERN_INLINE A moved(A start, A end, A share) {
+  return share < A{0.5} ? start + share * (end - start) : end - (end - start) * (A{1} - share);
+}
+
 // Mean and summed squared deviation of a set of values; V is of doubles
 template <class V>
 struct Moments {

@@ -32,7 +32,7 @@ __global__ void every_formula(const V* in, V* out, double eps, int code) {
   out[1] = input_gradient(act.gradient(z, dy), x, mean, scale, in[6], in[7]);
   out[2] = gate_gradient(weight, bias, in[8], in[9]);
   const Moments<double> all = joined(moments_about<double>(x, mean, var, 4.0), 4.0, Moments<double>{x, dy}, 8.0);
-  out[3] = static_cast<V>(all.mean);
+  out[3] = moved(static_cast<V>(all.mean), in[10], in[11]);
   out[4] = static_cast<V>(biased_variance<V>(all.m2, 12.0));
 }
 

@@ -77,12 +77,24 @@ struct BatchNormActBackward {
   double slope;
 };
 
+// running = running + momentum * (batch's - running), for the mean and for the variance made unbiased: var * correction
+struct RunningStatistics {
+  int64_t C;
+  Dtype dtype;        // f32 or f64: acc
+  const void* mean;   // [C] acc
+  const void* var;    // [C] acc
+  void* running_mean; // [C] acc, read and written
+  void* running_var;  // [C] acc, read and written
+  double momentum, correction;
+};
+
 namespace cpu {
 
 // threads: how many may work; it never changes a bit of the result.
 void channel_scores(const ChannelScores& args, int threads);
 void batch_norm_act(const BatchNormAct& args, int threads);
 void batch_norm_act_backward(const BatchNormActBackward& args, int threads);
+void follow(const RunningStatistics& args);
 
 }  // namespace cpu
 }  // namespace taylorkern

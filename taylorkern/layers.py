@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .autograd import BatchNormAct, ChannelGate, FusedBatchNormAct, InplaceError, attach
 from .gates import Gate
 from .ops import accumulator
@@ -278,7 +279,7 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
         y, *saved = torch.native_batch_norm(
             x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
-        mean, var, eps = _batch_statistics(*saved, x) if use_batch else (*_copied(running, x), layer.eps)
+        mean, var, eps = _batch_statistics(saved, x) if use_batch else (*_copied(running, x), layer.eps)
     settings = (use_batch, eps, "none", 0.0)
     return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, *settings)
 
@@ -317,19 +318,17 @@ def _follow(running: Running, count: int, momentum: float, mean: Tensor, var: Te
     """Move the running statistics by ``momentum`` towards a batch's of ``count`` values a channel, ``var`` biased."""
     running_mean, running_var = running
     if running_mean is not None and running_var is not None:
-        # By .data, for torch's own forward doesn't count as a change either: a graph under way may hold these buffers.
-        running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.data.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        backends.follow(running_mean, running_var, mean, var, momentum, count / (count - 1))
 
 
 def _stay(mean: Tensor, var: Tensor) -> None:
     """Running statistics that are used as they are."""
 
 
-def _batch_statistics(mean: Tensor, inverse_std: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
+def _batch_statistics(saved: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean, variance and eps as the backward takes them, from what torch saved; the eps is in the variance already."""
-    dtype = accumulator(x.dtype)
-    return mean.to(dtype), inverse_std.to(dtype) ** -2, 0.0
+    mean, inverse_std = (t.to(accumulator(x.dtype)) for t in saved)
+    return mean, inverse_std**-2, 0.0
 
 
 def _copied(running: Running, x: Tensor) -> tuple[Tensor, Tensor]:

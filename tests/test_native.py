@@ -329,6 +329,26 @@ def test_nan_and_infinity_are_not_hidden():
     assert native.channel_scores(x, torch.ones_like(x))[1, 2] == torch.inf
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_follow_as_torchs_would(dtype, momentum):
+    mean, var = normal((37,), 1, dtype), normal((37,), 2, dtype).abs()
+    runs = [[normal((37,), 3, dtype), normal((37,), 4, dtype).abs()] for _ in range(2)]
+    assert native.follows(*runs[0], mean, var)
+    for backend, running in zip((native, reference), runs, strict=True):
+        backend.follow(*running, mean, var, momentum, 12 / 11)
+    for got, expected in zip(*runs, strict=True):
+        assert distance(got, expected) <= torch.finfo(dtype).eps  # torch's lerp may use a fused multiply-add
+        assert got._version == 0
+
+
+def test_other_running_statistics_are_the_references():
+    mean, var = normal((6,), 1), normal((6,), 2)
+    for running in (mean.bfloat16(), torch.ones(12)[::2], torch.ones(5), torch.ones(6, device="meta")):
+        assert not native.follows(running, var, mean, var)
+        assert not native.follows(mean, running, mean, var)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "silu", "hardswish"])
 def test_activations_are_torchs_own_at_the_kinks_and_far_out(name, dtype):

@@ -33,6 +33,18 @@ def _serve(operation: str) -> Callable:
     return call
 
 
+def follow(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbias: float
+) -> None:
+    """Move running statistics [C] by ``momentum`` towards a batch's, whose ``var`` times ``unbias`` is unbiased.
+
+    In place and without autograd noticing, as torch's own forward does it; never part of a compiled graph.
+    """
+    given = (running_mean, running_var, mean, var)
+    backend = native if native.follows(*given) else reference
+    backend.follow(*given, momentum, unbias)
+
+
 for _operation in OPERATIONS:
     ops.IMPLEMENTATIONS[_operation] = _serve(_operation)
     for _device in PROVIDERS:

@@ -145,6 +145,25 @@ def batch_norm_act_backward(
     return frame.given(dx), x.new_empty(0) if dresidual is None else frame.given(dresidual), dweight, dbias, s
 
 
+def follow(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbias: float
+) -> None:
+    """See :func:`taylorkern.backends.follow`."""
+    _kernels().follow(
+        mean.data_ptr(), var.data_ptr(), running_mean.data_ptr(), running_var.data_ptr(), momentum, unbias,
+        len(mean), DTYPES[mean.dtype],
+    )  # fmt: skip
+
+
+def follows(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether these are what :func:`follow` takes: [C] tensors of one dtype, in the processor's memory."""
+    dtype, shape = mean.dtype, mean.shape
+    return isinstance(_outcome, build.Library) and all(
+        t.dtype is dtype and t.shape == shape and t.is_cpu and t.is_contiguous() and not t.is_neg()
+        for t in (running_mean, running_var, var, mean)
+    )
+
+
 class _Frame:
     """One call's sizes and layout, those of one tensor [N, C, *S]; every other tensor is brought into them.
 
@@ -198,10 +217,10 @@ class _Frame:
         return torch.empty(self.shape[1], dtype=self.acc, device="cpu")
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
+        """Run a kernel: tensors become addresses, 0 for none, and numbers stay what they are."""
         N, C, *S = self.shape
-        getattr(_kernels(), kernel)(
-            *map(_passed, arguments), N, C, prod(S), self.layout, DTYPES[self.dtype], torch.get_num_threads()
-        )
+        passed = [0 if t is None else t if isinstance(t, _NUMBERS) else t.data_ptr() for t in arguments]
+        getattr(_kernels(), kernel)(*passed, N, C, prod(S), self.layout, DTYPES[self.dtype], torch.get_num_threads())
 
     def _refusal(self, name: str, t: Tensor, shape: torch.Size) -> ValueError:
         needed = f"{tuple(shape)} on {self.like.device}"
@@ -235,11 +254,7 @@ def _layout_like(t: Tensor) -> int:
     return CHANNELS_FIRST if layout is None else layout
 
 
-def _passed(argument: Tensor | float | None) -> float:
-    """What the binding takes: the address of a tensor, 0 for none, numbers as they are."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument
+_NUMBERS = (int, float)  # bool too
 
 
 def _library() -> build.Library | BuildError:

@@ -97,6 +97,13 @@ def batch_norm_act_backward(
     return _like(dx, x), _like(dz, x) if residual_grad else x.new_empty(0), dweight, dbias, s
 
 
+def follow(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbias: float
+) -> None:
+    running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.data.lerp_((var * unbias).to(running_var.dtype), momentum)
+
+
 def _statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
