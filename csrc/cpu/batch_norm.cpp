@@ -59,6 +59,7 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, A
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
+  const bool streams = part.streams(args.shape);
   const Channels<A> channels(part.C);
   const Statistics<T, L> statistics(args, part, layout);
 
@@ -66,12 +67,15 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, A
     const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
     auto z = normalise(load(pack, x + i), of(channels.scale), of(channels.shift));
     if (given<Residual>(residual)) z += load(pack, residual + i);
-    store(pack, y + i, act.apply(z));
+    store(pack, y + i, act.apply(z), streams);
   };
   for_ranges(part, threads, [&](const Range& range, int) {
     if (args.training) statistics.write(range);
     channels.fill(args, range);
-    const auto tile = [&](int64_t slot, int) { layout.template each<A>(part.tile(slot, range), normalised); };
+    const auto tile = [&](int64_t slot, int) {
+      layout.template each<A>(part.tile(slot, range), normalised);
+      finish_streams();
+    };
     parallel_for(part.slots(), range.threads, tile, args.training);
   });
 }

@@ -4,7 +4,7 @@
 namespace taylorkern::cpu {
 namespace {
 
-// With a residual the activation's gradient is taken at y instead of at a z computed from x, and dz kept in dresidual.
+// With a residual the activation's gradient is taken at y, not at a z computed from x, and dz is written to dresidual.
 template <class T, class L, class Act, class Residual>
 class Backward {
   using A = Acc<T>;
@@ -23,6 +23,7 @@ class Backward {
   T* const dresidual = static_cast<T*>(args.dresidual);
   const A* const mean = static_cast<const A*>(args.mean);
   A* const s = static_cast<A*>(args.s);
+  const bool streams = part.streams(args.shape);
 
  public:
   Backward(const BatchNormActBackward& args, const Partition& part, const L& layout, Act act, int threads)
@@ -60,7 +61,7 @@ class Backward {
     }
   }
 
-  // Sums of one tile, and what needs no more: dresidual, dx of evaluation mode, s of samples that it holds whole
+  // Sums of one tile, s of samples that it holds whole, and dx and dresidual of evaluation mode, which need no more
   void reduce(const Tile& tile, int worker) const {
     const int64_t C = part.C;
     double* const total[2] = {centred.get() + tile.slot * C, plain.get() + tile.slot * C};
@@ -80,14 +81,13 @@ class Backward {
 
   // sums: (x - mean) * dz and dz
   void reduce_sample(const Tile& tile, int64_t n, double* const (&sums)[2]) const {
-    T* const to_dx = args.training ? nullptr : dx;
+    const bool last = !args.training;
     layout.template reduce<A>(tile, n, sums, [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA {
       const auto x_value = load(pack, x + i);
       const auto dz = activation_gradient(pack, i, c, x_value);
       out[0] += (x_value - layout.coefficient(pack, mean, c)) * dz;
       out[1] += dz;
-      if (given<Residual>(dresidual)) store(pack, dresidual + i, dz);
-      if (to_dx) store(pack, to_dx + i, layout.coefficient(pack, channels.scale, c) * dz);
+      if (last) write(pack, i, dz, layout.coefficient(pack, channels.scale, c) * dz);
     });
   }
 
@@ -130,24 +130,22 @@ class Backward {
     store_rounded(pack, channels.slope + c, dweight * invstd / M);
   }
 
-  // dx of training mode, once the sums over the batch are known
+  // The same for training mode, once the sums over the batch are known
   void write_input_gradient(const Tile& tile) const {
     layout.template each<A>(tile, [&](auto pack, int64_t i, int64_t c) TAYLORKERN_LAMBDA {
       const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
       const auto x_value = load(pack, x + i);
-      const auto dz = dz_again(pack, i, c, x_value);
-      store(pack, dx + i,
-            input_gradient(dz, x_value, of(mean), of(channels.scale), of(channels.level), of(channels.slope)));
+      const auto dz = activation_gradient(pack, i, c, x_value);
+      const auto centre = of(mean), scale = of(channels.scale), level = of(channels.level), slope = of(channels.slope);
+      write(pack, i, dz, input_gradient(dz, x_value, centre, scale, level, slope));
     });
+    finish_streams();
   }
 
   template <class P, class V>
-  TAYLORKERN_INLINE V dz_again(P pack, int64_t i, int64_t c, V x_value) const {
-    if (given<Residual>(dresidual)) {
-      return load(pack, dresidual + i);
-    } else {
-      return activation_gradient(pack, i, c, x_value);
-    }
+  TAYLORKERN_INLINE void write(P pack, int64_t i, V dz, V dx_value) const {
+    if (given<Residual>(dresidual)) store(pack, dresidual + i, dz, streams);
+    store(pack, dx + i, dx_value, streams);
   }
 };
 

@@ -138,14 +138,36 @@ TAYLORKERN_INLINE U bfloat16_bits(U bits) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
+// Writes a whole cache line, or half of one, past the caches, so that the line need not be fetched first. Returns false,
+// and does nothing, where there is no instruction for it or the address is not aligned.
+template <class R>
+TAYLORKERN_INLINE bool stream([[maybe_unused]] void* to, [[maybe_unused]] const R& value) {
+#if defined(__AVX__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(R)) return false;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(value)), true;
+#endif
+  if constexpr (sizeof(R) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(value)), true;
+#endif
+  return false;
+}
+
+// What was streamed before is written before what follows.
+TAYLORKERN_INLINE void finish_streams() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
+// `past`: past the caches where that is possible
 template <class P, class T>
-TAYLORKERN_INLINE void store(P, T* to, typename P::type value) {
+TAYLORKERN_INLINE void store(P, T* to, typename P::type value, bool past = false) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     const auto bits = bfloat16_bits(bit_cast<Vector<uint32_t, P::lanes>>(value));
     const auto narrow = convert<Vector<uint16_t, P::lanes>>(bits);
-    std::memcpy(to, &narrow, sizeof narrow);
+    if (!past || !stream(to, narrow)) std::memcpy(to, &narrow, sizeof narrow);
   } else {
-    std::memcpy(to, &value, sizeof value);
+    if (!past || !stream(to, value)) std::memcpy(to, &value, sizeof value);
   }
 }
 
