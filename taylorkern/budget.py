@@ -45,18 +45,20 @@ class Meter:
             raise ValueError(f"of={of!r} is not one of {', '.join(MEASURES)}")
         terms = list(MEASURES[of](model, coupling))
         vectors = [vector for _, vectors in terms for vector in vectors]
+        units = len(coupling.units)
         self._sizes = torch.tensor([size for size, _ in terms], dtype=torch.float64)
         self._term = torch.tensor([i for i, (_, vectors) in enumerate(terms) for _ in vectors], dtype=torch.int64)
         self._lengths = torch.tensor([len(vector) for vector in vectors], dtype=torch.int64)
-        self._vector = torch.repeat_interleave(torch.arange(len(vectors)), self._lengths)
-        self._units = torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.int64)
-        self.total = self(torch.ones(len(coupling.units), dtype=torch.bool))
+        self._ends = self._lengths.cumsum(0)
+        # End to end; what belongs to no unit gets an entry of its own, which always stays.
+        self._units = torch.cat([torch.zeros(0, dtype=torch.int64), *vectors]) % (units + 1)
+        self.total = self(torch.ones(units, dtype=torch.bool))
 
     def __call__(self, kept: Tensor) -> float:
         """The cost where only units with ``kept`` [U] (bool) stay."""
-        stays = torch.cat([kept, torch.ones(1, dtype=torch.bool)])[self._units]  # index -1: no unit, always stays
-        fraction = torch.zeros(len(self._lengths), dtype=torch.float64)
-        fraction.index_add_(0, self._vector, stays.double()).div_(self._lengths)
+        stays = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).index_select(0, self._units)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), stays.cumsum(0)])  # how many stay up to each place
+        fraction = (before[self._ends] - before[self._ends - self._lengths]).double() / self._lengths
         share = torch.ones_like(self._sizes).scatter_reduce_(0, self._term, fraction, "prod")
         return float((self._sizes * share).sum())
 
@@ -74,8 +76,7 @@ def removable(importance: Tensor, coupling: Coupling, min_channels: int) -> Tens
         missing = min(min_channels, len(vector)) - int((vector < 0).sum())
         if missing > 0:
             units = vector[vector >= 0]
-            ranked = units[torch.argsort(rank[units], descending=True)]
-            stays[ranked[:missing]] = True
+            stays[units[rank[units].topk(missing).indices]] = True
     return order[~stays[order]]
 
 
@@ -98,4 +99,4 @@ def select(order: Tensor, units: int, meter: Meter, goal: float, most: int | Non
 
 
 def _distinct(vectors: Iterable[Tensor]) -> list[Tensor]:
-    return list({tuple(vector.tolist()): vector for vector in vectors}.values())
+    return list({vector.numpy().tobytes(): vector for vector in vectors}.values())

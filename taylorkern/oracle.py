@@ -162,17 +162,12 @@ class Minibatch:
 
     def _output(self, removed: Tensor) -> Any:
         copies, samples = len(removed), self.samples
-        gates = torch.ones(copies, len(self.coupling.units) + 1)
-        gates[torch.arange(copies), removed] = 0
-        gates[:, -1] = 1  # index -1: channels of no unit, and no unit
 
         def repeated(t: Tensor) -> Tensor:
             batched = t.dim() and t.shape[0] == samples
             return t.repeat(copies, *[1] * (t.dim() - 1)) if batched else t.clone()
 
-        if copies > 1:
-            gates = gates.repeat_interleave(samples, 0)
-        with _gated(self.model, self.coupling, gates):
+        with _gated(self.model, self.coupling, removed, samples):
             return run(self.model, converted(self.inputs, repeated))
 
     def _loss(self, output: Any) -> Tensor:
@@ -269,29 +264,34 @@ def _precision(model: nn.Module) -> float:
 
 
 @contextmanager
-def _gated(model: nn.Module, coupling: Coupling, gates: Tensor) -> Iterator[None]:
-    """Within, every frontier layer's output is multiplied by ``gates`` of its channels' units.
+def _gated(model: nn.Module, coupling: Coupling, removed: Tensor, samples: int) -> Iterator[None]:
+    """Within, the channels of unit ``removed[r]`` are nought in the r-th copy of ``samples`` samples, in every layer.
 
-    ``gates`` are [1, U + 1], for one copy whatever a layer's first dimension is, or [N, U + 1] for several.
+    Layers that hold none of these units run untouched: they would only be multiplied by ones. With one copy a layer's
+    first dimension may be anything.
     """
+    copies = len(removed)
+    gates = torch.ones(copies, len(coupling.units) + 1)
+    gates[torch.arange(copies), removed] = 0
+    gates[:, -1] = 1  # index -1: channels of no unit, and no unit
 
-    def multiplying(layer: str, units: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def multiplying(layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def multiply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            rows, dim = len(gates), channel_dim(module, output)
+            rows, dim = copies * samples if copies > 1 else 1, channel_dim(module, output)
             if rows > 1 and (dim == 0 or output.shape[0] != rows):
                 raise ValueError(
                     f"{layer} gives {list(output.shape)} for {rows} samples: its first dimension is not the batch's; "
                     "pass together=1"
                 )
             shape = [n if d == dim else rows if d == 0 else 1 for d, n in enumerate(output.shape)]
-            return output * gates[:, units].to(output).reshape(shape)
+            factors = gates[:, coupling.layers[layer]].repeat_interleave(rows // copies, 0)
+            return output * factors.to(output).reshape(shape)
 
         return multiply
 
-    handles = [
-        model.get_submodule(layer).register_forward_hook(multiplying(layer, units))
-        for layer, units in coupling.layers.items()
-    ]
+    gone = (coupling.units[unit] for unit in removed.tolist() if unit != WHOLE)
+    layers = dict.fromkeys(layer for unit in gone for layer, _ in unit.places)
+    handles = [model.get_submodule(layer).register_forward_hook(multiplying(layer)) for layer in layers]
     try:
         yield
     finally:

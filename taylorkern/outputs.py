@@ -18,6 +18,6 @@ def output_shares(arrived: Mapping[str, list[Tensor]], layers: list[str], coupli
     shares = torch.zeros(len(coupling.units), len(layers), dtype=torch.float64, device=device)
     for i, layer in enumerate(layers):
         for product in arrived.get(layer, []):
-            mean = product.abs().transpose(0, 1).flatten(1).mean(1)  # [C]
+            mean = product.abs().mean([d for d in range(product.dim()) if d != 1])  # [C]
             shares[:, i] += per_unit(mean, coupling.layers[layer], len(shares))
     return shares

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 
 from . import weights
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
+from .folding import Folding
 from .gates import Gate
 from .layers import Gated
 from .outputs import output_shares
@@ -24,6 +26,7 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
 FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
+_FOLDINGS = 8  # kept at most: networks that skip layers at random have others in every minibatch
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
 
@@ -79,6 +82,7 @@ class Scores:
         wanted = {need for name in criteria for need in criterion(name).needs}
         self.model, self.seed = model, seed
         self._h: Tensor | None = None  # curvature [U] of the minibatch under way
+        self._foldings: dict[tuple[tuple[str, ...], torch.device], Folding] = {}
         alone = example_inputs is None
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
@@ -171,7 +175,7 @@ class Scores:
         repeats = draws if method != "exact" else 1
         for _ in range(repeats):
             for v in cotangents(logits, targets, loss, method, generator):
-                h = h + sum(len(r) * r.square().sum(0) for r in self._rows_of(logits, v / len(logits)))
+                h = h + self._gradients(self._rows_of(logits, v / len(logits)))[1]
         self._h = h / repeats
         self._asked += 1
 
@@ -184,7 +188,7 @@ class Scores:
         """Drop a curvature that waits; a new forward does, so that it never joins another minibatch's scores."""
         self._h = None
 
-    def _rows_of(self, logits: Tensor, cotangent: Tensor) -> list[Tensor]:
+    def _rows_of(self, logits: Tensor, cotangent: Tensor) -> dict[str, list[Tensor]]:
         leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]
         if not logits.requires_grad or not leaves:
             raise ValueError(_NO_GATE)
@@ -203,7 +207,7 @@ class Scores:
                 arrived.setdefault(layer, []).append(row)
         if not arrived:
             raise ValueError(_NO_GATE)
-        return self._rows(arrived)
+        return arrived
 
     def reset(self) -> None:
         """Forget every minibatch so far."""
@@ -268,8 +272,10 @@ class Scores:
         self.fold()
         self._h = None
         self.coupling = coupling
+        self._foldings.clear()
         self._sums = {name: total[kept.to(total.device)] for name, total in self._sums.items()}
 
+    @_disable_dynamo
     def fold(self) -> None:
         """Add the scores that have arrived to the statistics; called by itself before the next forward or reading."""
         arrived = self._take()
@@ -277,7 +283,8 @@ class Scores:
             return
         minibatch = self._minibatch(arrived)
         device = minibatch["gate_squared"].device
-        finite = torch.stack([value.isfinite().all() for value in minibatch.values()]).all()
+        # Nought times anything is nought, but for what is not finite: half a pass, where isfinite() takes four.
+        finite = torch.stack([(value * 0).sum() for value in minibatch.values()]).sum() == 0
         for name, value in minibatch.items():
             self._sums[name] = self._sums[name].to(device) + torch.where(finite, value, 0.0)
         self._count = self._count.to(device) + finite
@@ -300,11 +307,9 @@ class Scores:
     def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
         self._silent.difference_update(arrived)
-        rows = self._rows(arrived)
-        of_bn = self._rows({layer: scores for layer, scores in arrived.items() if layer in self._bn})
-        gate = torch.stack([r.sum(0) for r in rows]).sum(0)
-        bn_gate = torch.stack([r.sum(0) for r in of_bn]).sum(0) if of_bn else torch.zeros_like(gate)
-        fisher = torch.stack([len(r) * r.square().sum(0) for r in rows]).sum(0)  # mean_n s̃² with s̃ = N·s
+        gate, fisher = self._gradients(arrived)
+        of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._bn}
+        bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._gradients(of_bn)[0]
         minibatch = {
             "gate": gate,
             "gate_squared": gate.square(),
@@ -324,14 +329,24 @@ class Scores:
             minibatch["weight_squared"] = self._weight_squares.drain(self.coupling).to(gate.device)
         return minibatch
 
-    def _rows(self, arrived: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Gate gradients per unit, summed over its places: [N, U] for every batch size N that occurs."""
-        rows = []
-        for pieces in _by_samples(arrived).values():
-            index = torch.cat([self.coupling.layers[layer] for layer, _ in pieces])
+    def _gradients(self, arrived: Mapping[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """G = Σ_n s[n, u] and mean_n s̃² with s̃ = N·s, [U] each; s[n, u] is the sum over the unit's places."""
+        gate = fisher = torch.zeros((), dtype=torch.float64)  # goes with every device
+        for samples, pieces in _by_samples(arrived).items():
             s = torch.cat([scores for _, scores in pieces], dim=1)  # [N, sum of C]
-            rows.append(weights.per_unit(s, index, len(self.coupling.units)))
-        return rows
+            sums, squares = self._folding(tuple(layer for layer, _ in pieces), s.device)(s)
+            gate, fisher = gate + sums, fisher + samples * squares
+        return gate, fisher
+
+    def _folding(self, layers: tuple[str, ...], device: torch.device) -> Folding:
+        """How the channels of ``layers`` add up, kept for the minibatches to come: mostly the same layers score."""
+        key = (layers, device)
+        if key not in self._foldings:
+            if len(self._foldings) == _FOLDINGS:
+                self._foldings.clear()
+            units = torch.cat([self.coupling.layers[layer] for layer in layers])
+            self._foldings[key] = Folding(units, len(self.coupling.units), device)
+        return self._foldings[key]
 
     def _statistic(self, need: str, name: str) -> Tensor:
         if need in _STATIC:

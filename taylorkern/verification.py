@@ -6,7 +6,7 @@ convolutions and matrix products of other sizes add them in another order.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,21 +63,22 @@ def check(model: nn.Module, coupling: Coupling, gone: Tensor, new: dict[str, Ten
 
     The model itself is left as it was, whatever happens.
     """
-    masked = _masked(named_tensors(model), coupling, gone)
+    named = named_tensors(model)
+    change: Callable[[Tensor], Tensor] = _in_float64
     try:
-        wide = in_float64(example_inputs)
-        dense, inputs, change = _observe(model, _in_float64(masked), wide), wide, _in_float64
+        inputs = in_float64(example_inputs)
+        dense = _observe(model, _masked(named, coupling, gone, change), inputs)
     except Exception as error:
-        dense, inputs, change = _observe_own_dtype(model, masked, example_inputs), example_inputs, _as_they_are
+        inputs, change = example_inputs, Tensor.detach
+        dense = _observe_own_dtype(model, _masked(named, coupling, gone, change), inputs)
         warnings.warn(
             f"{type(model).__name__} does not run in float64 ({error}), so the cut is verified in its own precision "
             f"only: differences below {_tolerance(dense):.0e} of a layer's largest channel can't be seen",
             stacklevel=5,
         )
     lost = _Lost(coupling, gone)
-    replaced = {name: new.get(name, tensor) for name, tensor in named_tensors(model).items()}
-    with _substituted(model, change(replaced)):
-        thin = _Run()
+    with _substituted(model, {name: change(new.get(name, tensor)) for name, tensor in named.items()}):
+        thin = _Run(dtypes=dense.dtypes)
         try:
             _watch(model, inputs, thin)
         except Exception as error:
@@ -87,20 +88,21 @@ def check(model: nn.Module, coupling: Coupling, gone: Tensor, new: dict[str, Ten
             _run_in_training(model, inputs, lost)
 
 
-def _masked(named: dict[str, Tensor], coupling: Coupling, gone: Tensor) -> dict[str, Tensor]:
-    masked, stays = {name: tensor.detach() for name, tensor in named.items()}, coupling.staying(gone)
+def _masked(
+    named: dict[str, Tensor], coupling: Coupling, gone: Tensor, change: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor, changed, and nought in what the consumers multiply the units ``gone`` with."""
+    masked, stays = {name: change(tensor) for name, tensor in named.items()}, coupling.staying(gone)
     for name, dim in coupling.consumers:
+        if masked[name].data_ptr() == named[name].data_ptr():
+            masked[name] = masked[name].clone()
         indices = (~stays[coupling.axes[name, dim]]).nonzero().flatten()
-        masked[name] = masked[name].index_fill(dim, indices.to(masked[name].device), 0)
+        masked[name].index_fill_(dim, indices.to(masked[name].device), 0)
     return masked
 
 
-def _in_float64(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach() for name, t in values.items()}
-
-
-def _as_they_are(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return values
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64) if tensor.is_floating_point() else tensor.detach()
 
 
 def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
@@ -174,7 +176,8 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.seen.operations.append(f"{func} in {self.seen.module or 'the model'}")
         self.seen.pending = ""
-        self.seen.dtypes |= _narrowed((args, kwargs), result)
+        if not _floating(result) <= self.seen.dtypes:
+            self.seen.dtypes |= _narrowed((args, kwargs), result)
         return result
 
 

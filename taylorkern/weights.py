@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .coupling import Coupling
+from .folding import BLOCK
 
 
 def per_unit(values: Tensor, units: Tensor, count: int) -> Tensor:
@@ -24,7 +25,7 @@ def per_unit(values: Tensor, units: Tensor, count: int) -> Tensor:
 
 def filter_norm(model: nn.Module, coupling: Coupling) -> Tensor:
     """ℓ2 norm over all filters that produce a unit's channels, [U]; infinite for a unit without a filter."""
-    rows = {name: _row_sums(model.get_parameter(name).detach().square(), dim) for name, dim in coupling.filters}
+    rows = {name: _row_squares(model.get_parameter(name).detach(), dim) for name, dim in coupling.filters}
     return _over_axes(rows, coupling.filters, coupling).sqrt()
 
 
@@ -59,7 +60,7 @@ class WeightSquares:
         total = torch.zeros(len(coupling.units), dtype=torch.float64)
         for name, dim in sorted(self._axes):
             if name in self._products:
-                rows = _row_sums(self._products[name].square(), dim)
+                rows = _row_squares(self._products[name], dim)
                 total = total.to(rows.device) + per_unit(rows, coupling.axes[name, dim], len(total))
         self.clear()
         return total
@@ -93,8 +94,11 @@ def _remove_all(hooks: list[RemovableHandle]) -> None:
         hook.remove()
 
 
-def _row_sums(t: Tensor, dim: int) -> Tensor:
-    return t.double().sum([d for d in range(t.dim()) if d != dim])
+def _row_squares(t: Tensor, dim: int) -> Tensor:
+    """The sum of squares of every slice along ``dim``, in float64."""
+    rows = t.movedim(dim, 0)
+    blocks = rows.split(max(1, BLOCK * len(rows) // max(1, t.numel())))
+    return torch.cat([block.double().square().sum(list(range(1, t.dim()))) for block in blocks])
 
 
 def _over_axes(rows: dict[str, Tensor], axes: set[tuple[str, int]], coupling: Coupling) -> Tensor:

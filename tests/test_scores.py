@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import taylorkern as tk
 from taylorkern.criteria import CRITERIA
+from taylorkern.folding import Folding
 from tests.cases import distance
 from tests.networks import gate_gradients, plain, residual
 
@@ -79,6 +80,51 @@ def test_bn_taylor_is_taylor_fo_where_every_gate_is_behind_a_bn():
             bn = model.get_submodule(layer)
             by_hand[u] += (bn.weight[c] * bn.weight.grad[c] + bn.bias[c] * bn.bias.grad[c]).detach()
     assert distance(scores.importance("bn_taylor"), by_hand.square()) < 1e-4
+
+
+class Mixed(nn.Module):
+    """A unit with a place behind batch normalisation and one without, units with one kind only, and a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.normed, self.bn, self.bare = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(2, 4, 1)
+        self.alone, self.hidden, self.out = nn.Conv2d(4, 3, 1), nn.Linear(3, 6), nn.Linear(6, 5)
+        self.extra, self.extra_out = nn.Linear(3, 2), nn.Linear(2, 5)
+        self.branch = True
+
+    def forward(self, x):
+        x = (self.bn(self.normed(x)) + self.bare(x)).relu()
+        x = self.alone(x).relu().mean((2, 3))
+        out = self.out(self.hidden(x).relu())
+        return out + self.extra_out(self.extra(x).relu()) if self.branch else out
+
+
+def test_bn_taylor_adds_batch_normalisations_channels_alone():
+    model, scores = made(Mixed, torch.float64)
+    train_on(model, [1])
+    want = torch.full((len(scores.units),), torch.inf, dtype=torch.float64)
+    product = (model.bn.weight * model.bn.weight.grad + model.bn.bias * model.bn.bias.grad).detach()
+    for u, unit in enumerate(scores.units):
+        channels = dict(unit.places)
+        if "bn" in channels:
+            assert "bare" in channels
+            want[u] = product[channels["bn"]].square()
+    got, judged = scores.importance("bn_taylor"), want.isfinite()
+    assert judged.sum() == 4 and got[~judged].isposinf().all()
+    assert distance(got[judged], want[judged]) < 1e-9
+
+
+def test_layers_that_score_in_some_minibatches_only():
+    model, scores = made(Mixed, torch.float64)
+    together = []
+    for seed, branch in ((1, True), (2, False), (3, True)):
+        model.branch = branch
+        together.append(expected(model, scores, [seed])[0])
+        train_on(model, [seed])
+    want = torch.stack([s.sum(0).square() for s in together]).mean(0)
+    assert distance(scores.importance("taylor_fo"), want) < 1e-9
+    fisher = torch.stack([8 * s.square().sum(0) for s in together]).mean(0)
+    assert distance(scores.importance("taylor_fg"), fisher) < 1e-9
 
 
 def test_criteria_of_weights_are_their_formulas():
@@ -185,6 +231,27 @@ def test_a_layer_called_twice_has_one_gate():
     s = expected(model, scores, [1])
     train_on(model, [1])
     assert distance(scores.importance("taylor_fg"), 8 * s[0].square().sum(0)) < 1e-9
+
+
+def test_compiled_models_fold_outside_compiled_code(monkeypatch):
+    model, scores = made(residual)
+    model.eval()
+    train_on(model, [1, 2])
+    want = scores.importance("taylor_fo")
+    scores.reset()
+    compiling, fold = [], Folding.__call__
+
+    def watched(self, s):
+        compiling.append(torch.compiler.is_compiling())
+        return fold(self, s)
+
+    monkeypatch.setattr(Folding, "__call__", watched)
+    compiled = torch.compile(model, backend="eager")
+    for seed in (1, 2):
+        x, target = batch(seed)
+        nn.functional.cross_entropy(compiled(x), target).backward()
+    assert scores.minibatches == 2 and compiling == [False, False]
+    assert distance(scores.importance("taylor_fo"), want) < 1e-5
 
 
 def test_checkpointed_blocks_score_the_same():

@@ -488,7 +488,12 @@ def single_inside(net, x):
     return net.head(net.conv(x).float().relu().to(x.dtype).mean((2, 3)))
 
 
-@pytest.mark.parametrize("apply", [hard_coded, single_inside])
+def single_sums(net, x):
+    rows = net.conv(x).relu().mean((2, 3))
+    return net.head(rows) + nn.functional.linear(rows.float(), net.head.weight.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("apply", [hard_coded, single_inside, single_sums])
 def test_models_bound_to_single_precision_are_verified_in_it(apply):
     model = Net(apply, conv=conv(2, 64), head=nn.Linear(64, 2))
     cut(model, couple(model, IMAGE), range(0, 64, 3), IMAGE)

@@ -80,8 +80,8 @@ class Coupling:
         """A hash over names, shapes and units."""
         digest = hashlib.sha256()
         for table in (self.axes, self.layers):
-            for key, units in sorted(table.items(), key=str):
-                digest.update(f"{key}:{units.tolist()};".encode())
+            for key, units in sorted(table.items(), key=lambda item: str(item[0])):
+                digest.update(f"{key}:{len(units)}:".encode() + units.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def staying(self, removed: Tensor) -> Tensor:

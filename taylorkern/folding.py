@@ -1,0 +1,51 @@
+"""Folding: how the gate gradients of some layers' channels, sample by sample, add up to sums over units."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**17  # elements that are widened to float64 at a time, to stay in cache: 1 MiB
+
+
+class Folding:
+    """Adds up s [N, P], the gate gradients of P channels, by units: Σ_n s[n, u] and Σ_n s[n, u]².
+
+    ``units`` [P] holds each channel's unit, below ``count`` or -1 for none. In every sample the channels of a unit are
+    added in the order they have there before anything is squared, in float64 and without atomics: the same s gives the
+    same bits. Indices are made once and live on ``device``.
+
+    >>> folding = Folding(torch.tensor([0, 1, 0, -1]), 3)
+    >>> [sums.tolist() for sums in folding(torch.tensor([[1.0, 2.0, 3.0, 9.0], [1.0, 0.5, -1.0, 9.0]]))]
+    [[4.0, 2.5, 0.0], [16.0, 4.25, 0.0]]
+    """
+
+    def __init__(self, units: Tensor, count: int, device: torch.device | None = None) -> None:
+        self.count = count
+        numbers = torch.bincount(units + 1, minlength=count + 1)  # of channels, those of no unit first
+        starts = numbers.cumsum(0)[:-1]
+        numbers = numbers[1:]
+        by_unit = units.argsort(stable=True)
+        # Units with more channels come first, so that the ones that a further channel is added to are a beginning.
+        order = numbers.argsort(descending=True, stable=True)
+        rounds = [order[: int((numbers > i).sum())] for i in range(int(numbers.max()) if count else 0)]
+        self._columns = [by_unit[starts[those] + i].to(device) for i, those in enumerate(rounds)]
+        self._units = (rounds[0] if rounds else order[:0]).to(device)
+
+    def __call__(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_n s[n, u] and Σ_n s[n, u]², [count] each in float64; 0 for a unit without a channel here."""
+        width = max(1, BLOCK // max(1, len(s)))
+        ends = [*range(0, len(self._units), width), len(self._units)]
+        blocks = [self._block(s, start, end) for start, end in pairwise(ends)]
+        found = s.new_zeros(2, self.count, dtype=torch.float64)
+        if blocks:
+            found[:, self._units] = torch.cat(blocks, dim=1)
+        return found[0], found[1]
+
+    def _block(self, s: Tensor, start: int, end: int) -> Tensor:
+        """Both sums [2, end - start] for a run of units, in this object's order."""
+        first, *more = [columns[start:end] for columns in self._columns if len(columns) > start]
+        rows = s.index_select(1, first).double()  # [N, end - start]
+        for columns in more:
+            rows[:, : len(columns)] += s.index_select(1, columns)
+        return torch.stack([rows.sum(0), rows.square_().sum(0)])

@@ -1,0 +1,67 @@
+"""Folding: sums over units against plain loops over places, whatever the blocks."""
+
+import doctest
+
+import pytest
+import torch
+
+from taylorkern import folding
+from taylorkern.folding import Folding
+
+
+def by_hand(s, units, count):
+    rows = torch.zeros(len(s), count, dtype=torch.float64)
+    for channel, unit in enumerate(units.tolist()):
+        if unit >= 0:
+            rows[:, unit] += s[:, channel]
+    return rows.sum(0), rows.square().sum(0)
+
+
+def whole_numbers(*shape):
+    """Sums of these are exact in any order."""
+    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).float()
+
+
+CASES = {
+    "one place each, in order": (torch.arange(7), 7),
+    "one place each, shuffled": (torch.tensor([3, 0, 6, 2, 5, 1, 4]), 7),
+    "several places": (torch.tensor([1, 1, 0, 3, 1, 3, 5, 0, 3, 3]), 6),
+    "channels of no unit": (torch.tensor([-1, 2, -1, 0, 2, -1]), 4),
+    "no channel of any unit": (torch.tensor([-1, -1]), 3),
+    "no channel": (torch.zeros(0, dtype=torch.int64), 3),
+}
+
+
+@pytest.mark.parametrize("block", [1, 16, 2**17])
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_sums_are_those_of_a_loop_over_places(name, samples, block, monkeypatch):
+    monkeypatch.setattr(folding, "BLOCK", block)
+    units, count = CASES[name]
+    s = whole_numbers(samples, len(units))
+    for got, want in zip(Folding(units, count)(s), by_hand(s, units, count), strict=True):
+        assert got.dtype == torch.float64 and torch.equal(got, want)
+
+
+def test_places_are_added_before_the_square_and_in_float64():
+    s = torch.tensor([[1e8, 1.0, -1e8]])
+    sums, squares = Folding(torch.tensor([0, 0, 0]), 1)(s)
+    assert sums.tolist() == [1.0] and squares.tolist() == [1.0]
+
+
+def test_the_gradients_are_left_as_they_are():
+    s = whole_numbers(3, 4).double()
+    before = s.clone()
+    Folding(torch.arange(4), 4)(s)
+    assert torch.equal(s, before)
+
+
+def test_the_same_gradients_give_the_same_bits():
+    units = torch.randint(-1, 300, (1000,), generator=torch.Generator().manual_seed(1))
+    s = torch.randn(9, 1000, generator=torch.Generator().manual_seed(2))
+    first, again = Folding(units, 300)(s), Folding(units, 300)(s)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_documentations_example():
+    assert doctest.testmod(folding).failed == 0
