@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
 # PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the (first) command.
-.PHONY: help install demo test lint zoo study peers curvature nvcc-check wheel-check clean
+.PHONY: help install demo test lint bench guard guard-update zoo study peers curvature nvcc-check wheel-check clean
 .DELETE_ON_ERROR:
 
 SHELL := /bin/bash
@@ -18,7 +18,7 @@ GOMP_SPINCOUNT ?= 10000
 export GOMP_SPINCOUNT
 
 help:
-	@echo "make demo | test | lint | zoo | study | peers | curvature | nvcc-check | wheel-check | clean"
+	@echo "make demo | test | lint | bench | guard | zoo | study | peers | curvature | nvcc-check | wheel-check | clean"
 
 install: $(STAMP)
 
@@ -58,14 +58,25 @@ $(BENCH): $(STAMP)
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
 	@touch $@
 
+# Prints the tables and keeps bench/results/<machine>.json; python -m bench.readme then renews README, page and picture.
+bench: $(BENCH)
+	$(RUN) -m bench $(ARGS)
+
+# Instruction counts and ratios against the recorded ones; guard-update records them anew.
+guard: $(BENCH)
+	$(RUN) -m bench.guard $(ARGS)
+
+guard-update: $(BENCH)
+	$(RUN) -m bench.guard --update $(ARGS)
+
 peers: $(BENCH)
-	$(RUN) -m pytest tests/test_diagonals.py $(ARGS)
+	$(RUN) -m pytest tests/test_diagonals.py tests/test_bench*.py $(ARGS)
 
 curvature: $(BENCH)
-	$(RUN) bench/curvature.py --network resnet50 --batch 8 --size 224 --pairs 15 --channels-last \
+	$(RUN) -m bench.curvature --network resnet50 --batch 8 --size 224 --pairs 15 --channels-last \
 	  --json bench/results/curvature-resnet50.json
-	$(RUN) bench/diagonals.py --network chain --json bench/results/diagonals-chain.json
-	$(RUN) bench/diagonals.py --network residual --json bench/results/diagonals-residual.json
+	$(RUN) -m bench.diagonals --network chain --json bench/results/diagonals-chain.json
+	$(RUN) -m bench.diagonals --network residual --json bench/results/diagonals-residual.json
 
 nvcc-check:
 	bash csrc/nvcc_check.sh

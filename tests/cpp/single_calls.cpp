@@ -1,0 +1,160 @@
+// Calls every kernel once for each case, on one thread, through measure(): what runs between its start and its end can be
+// counted by a tool that knows function names (callgrind's --toggle-collect=measure --dump-after=measure). Each case prints a
+// line "name elements", in the order of the calls; an argument leaves out the cases whose names don't start with it.
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu/vector.h"
+#include "ops.h"
+
+using namespace taylorkern;
+
+extern "C" __attribute__((noinline)) void measure(const std::function<void()>& call) { call(); }
+
+namespace {
+
+// Through a pointer that the compiler can't see through, so that it makes no clone of measure() under another name
+void (*volatile measured)(const std::function<void()>&) = measure;
+
+constexpr int kThreads = 1;
+
+// A tensor's memory: numbers around 0 that are the same everywhere, made without a library's generator
+template <class T>
+struct Buffer {
+  std::vector<T> memory;
+  explicit Buffer(int64_t count) : memory(static_cast<size_t>(count)) {
+    uint32_t state = 1;
+    for (T& element : memory) {
+      state = state * 1664525u + 1013904223u;
+      const float value = static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
+      cpu::store(cpu::Pack<float, 1>{}, &element, value);
+    }
+  }
+  void* data() { return memory.data(); }
+};
+
+// What follows the batch normalisation; nothing for channel_scores
+struct Behind {
+  const char* name;
+  Activation activation;
+  bool residual;
+};
+constexpr Behind kNothing{"", Activation::none, false};
+constexpr Behind kBehind[] = {
+    {" alone", Activation::none, false},
+    {" relu", Activation::relu, false},
+    {" residual+relu", Activation::relu, true},
+    {" silu", Activation::silu, false},
+};
+
+struct Case {
+  const char* kernel;
+  Behind behind;
+  Shape shape;
+
+  std::string name() const {
+    char text[160];
+    std::snprintf(text, sizeof text, "%s%s %s %s %lldx%lldx%lld", kernel, behind.name,
+                  shape.layout == Layout::channels_first ? "channels_first" : "channels_last",
+                  shape.dtype == Dtype::f32 ? "float32" : "bfloat16", static_cast<long long>(shape.N),
+                  static_cast<long long>(shape.C), static_cast<long long>(shape.S));
+    return text;
+  }
+  int64_t elements() const { return shape.N * shape.C * shape.S; }
+};
+
+// Everything that any kernel reads or writes; big enough for the largest case and filled once
+template <class T>
+struct Tensors {
+  Buffer<T> x, residual, y, dy, dx, dresidual;
+  Buffer<float> weight, bias, mean, var, dweight, dbias, s;
+
+  Tensors(int64_t elements, int64_t channels, int64_t scores)
+      : x(elements), residual(elements), y(elements), dy(elements), dx(elements), dresidual(elements), weight(channels),
+        bias(channels), mean(channels), var(channels), dweight(channels), dbias(channels), s(scores) {}
+
+  std::function<void()> channel_scores(const Case& of) {
+    ChannelScores args{};
+    args.shape = of.shape;
+    args.a = x.data();
+    args.g = dy.data();
+    args.s = s.data();
+    return [args] { cpu::channel_scores(args, kThreads); };
+  }
+
+  std::function<void()> forward(const Case& of) {
+    BatchNormAct args{};
+    args.shape = of.shape;
+    args.x = x.data();
+    args.residual = of.behind.residual ? residual.data() : nullptr;
+    args.weight = weight.data();
+    args.bias = bias.data();
+    args.y = y.data();
+    args.mean = mean.data();
+    args.var = var.data();
+    args.eps = 1e-5;
+    args.training = true;
+    args.activation = of.behind.activation;
+    return [args] { cpu::batch_norm_act(args, kThreads); };
+  }
+
+  // Reads the y, mean and var of the forward before it.
+  std::function<void()> backward(const Case& of) {
+    BatchNormActBackward args{};
+    args.shape = of.shape;
+    args.dy = dy.data();
+    args.x = x.data();
+    args.y = of.behind.residual ? y.data() : nullptr;
+    args.weight = weight.data();
+    args.bias = bias.data();
+    args.mean = mean.data();
+    args.var = var.data();
+    args.dx = dx.data();
+    args.dresidual = of.behind.residual ? dresidual.data() : nullptr;
+    args.dweight = dweight.data();
+    args.dbias = dbias.data();
+    args.s = s.data();
+    args.eps = 1e-5;
+    args.training = true;
+    args.activation = of.behind.activation;
+    return [args] { cpu::batch_norm_act_backward(args, kThreads); };
+  }
+};
+
+// The first call warms up what is set up once; the second one is measured.
+void run(const Case& of, const std::function<void()>& call, const char* wanted) {
+  call();
+  const std::string name = of.name();
+  if (name.compare(0, std::strlen(wanted), wanted) != 0) return;
+  std::printf("%s %lld\n", name.c_str(), static_cast<long long>(of.elements()));
+  measured(call);
+}
+
+template <class T>
+void run_all(Tensors<T>& tensors, const Shape& shape, const char* wanted) {
+  const Case scores{"channel_scores", kNothing, shape};
+  run(scores, tensors.channel_scores(scores), wanted);
+  for (const Behind& behind : kBehind) {
+    const Case forward{"batch_norm_act", behind, shape}, backward{"batch_norm_act_backward", behind, shape};
+    run(forward, tensors.forward(forward), wanted);
+    run(backward, tensors.backward(backward), wanted);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const char* wanted = count > 1 ? arguments[1] : "";
+  const int64_t sizes[][3] = {{2, 64, 3136}, {3, 37, 49}};
+  Tensors<float> narrow(2 * 64 * 3136, 64, 3 * 64);
+  Tensors<cpu::bfloat16> half(2 * 64 * 3136, 64, 3 * 64);
+  for (const auto& [N, C, S] : sizes) {
+    for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
+      run_all(narrow, {N, C, S, layout, Dtype::f32}, wanted);
+      run_all(half, {N, C, S, layout, Dtype::bf16}, wanted);
+    }
+  }
+}
