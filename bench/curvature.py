@@ -1,6 +1,6 @@
 """What a Gauss-Newton sketch adds to training: whole steps of one network, interleaved, as ratios to plain steps.
 
-    python bench/curvature.py --network resnet50 --batch 16 --size 64 --pairs 21 [--channels-last] [--json FILE]
+    python -m bench.curvature --network resnet50 --batch 16 --size 64 --pairs 21 [--channels-last] [--json FILE]
 
 plain    torch's own layers
 again    the same once more, a second model: what the noise alone makes of a ratio
@@ -15,14 +15,15 @@ the weights with those of a step without a sketch.
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from memory import peak
-from overhead import asked, build
-from pairs import interleaved, quartiles, ratios
 from torch import Tensor, nn
 
 import taylorkern as tk
+from bench.memory import peak
+from bench.pairs import interleaved, quartiles, ratios
+from bench.workload import Workload
 from taylorkern.coupling import Coupling
 from taylorkern.curvature import cotangents
 
@@ -82,9 +83,10 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def agreement(options: argparse.Namespace, x: Tensor, target: Tensor) -> dict[str, float]:
+def agreement(w: Workload) -> dict[str, float]:
     """Relative distance of h to that of explicit gates, and of the weights' gradients to those without a sketch."""
-    models = {name: build(options.network, options.channels_last) for name in ("explicit", "scored", "sketch")}
+    x, target = w.images(), w.labels()
+    models = {name: w.model() for name in ("explicit", "scored", "sketch")}
     scores = {name: tk.Scores(tk.convert(models[name]), x[:1]) for name in ("scored", "sketch")}
     gradients = {}
     for name, of in scores.items():
@@ -98,9 +100,10 @@ def agreement(options: argparse.Namespace, x: Tensor, target: Tensor) -> dict[st
     return {"h": distance(h, want), "gradients": distance(gradients["sketch"], gradients["scored"])}
 
 
-def ways(options: argparse.Namespace, x: Tensor, target: Tensor) -> dict[str, Run]:
+def ways(w: Workload) -> dict[str, Run]:
     """A step of each way; every way has a model of its own."""
-    models = {name: build(options.network, options.channels_last) for name in ("plain", "again", *EVERY)}
+    x, target = w.images(), w.labels()
+    models = {name: w.model() for name in ("plain", "again", *EVERY)}
     runs = {name: step(models[name], x, target) for name in ("plain", "again")}
     for name, every_n in EVERY.items():
         scores = tk.Scores(tk.convert(models[name]), x[:1])
@@ -129,13 +132,26 @@ def measure(single: dict[str, Run], cycles: dict[str, Run], rounds: int) -> dict
     }
 
 
+def asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet50")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
 def main() -> None:
-    options, x, target = asked(__doc__, network="resnet50")
-    agree = agreement(options, x, target)
+    options = asked()
+    layout = "channels_last" if options.channels_last else "contiguous"
+    w = Workload(options.network, options.size, options.batch, 1000, layout)
+    agree = agreement(w)
     if max(agree.values()) > TOLERANCE:
         raise SystemExit(f"the sketch is wrong, by relative distances {agree}: nothing is timed")
 
-    runs = ways(options, x, target)
+    runs = ways(w)
     cycles = {name: four(runs[name]) for name in ("plain", "scored", "fourth")}
     single = {name: runs[name] for name in ("plain", "again", "scored", "sketch")}
     for run in (*single.values(), *cycles.values()):
@@ -147,7 +163,7 @@ def main() -> None:
 
     print(
         f"{options.network}, batch {options.batch}, {options.size}x{options.size}, "
-        f"{'channels_last' if options.channels_last else 'contiguous'}, {options.pairs} interleaved rounds, "
+        f"{layout}, {options.pairs} interleaved rounds, "
         f"{torch.get_num_threads()} threads; h agrees with explicit gates to {agree['h']:.1e}, "
         f"gradients with those without a sketch to {agree['gradients']:.1e}"
     )

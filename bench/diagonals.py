@@ -1,6 +1,6 @@
 """Diagonals of Gauss-Newton by BackPACK, curvlinops and taylorkern: do they agree, and what does each cost?
 
-    python bench/diagonals.py [--network chain|residual] [--width 16] [--size 16] [--rounds 15] [--json FILE]
+    python -m bench.diagonals [--network chain|residual] [--width 16] [--size 16] [--rounds 15] [--json FILE]
 
 One network in evaluation mode, one minibatch, mean cross-entropy; a number for each unit. First every exact diagonal is
 compared with taylorkern's in float64, and every random one's error of a single draw is taken. Then all are timed in
@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from backpack.extensions import DiagGGNExact
 from curvlinops import GGNLinearOperator
-from memory import peak
-from pairs import interleaved, quartiles, ratios
-from peers import (
+from torch import Tensor, nn
+
+from bench.memory import peak
+from bench.pairs import interleaved, quartiles, ratios
+from bench.peers import (
     NETWORKS,
     SIDES,
     Diagonal,
@@ -33,7 +35,6 @@ from peers import (
     ours,
     problem,
 )
-from torch import Tensor, nn
 
 TOLERANCE = 1e-9
 EXACT = {"Gauss-Newton", "empirical Fisher"}
