@@ -1,6 +1,7 @@
 """Autograd functions: they call operations and hand the gate its gradient; no arithmetic of their own."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,22 @@ from . import ops
 
 class InplaceError(RuntimeError):
     """A tensor that a score needs was overwritten in place between forward and backward."""
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` without a graph of its own: a second derivative through it is refused, not left out.
+
+    Torch's ``once_differentiable`` refuses it only where the incoming gradient requires one, and costs time in every call.
+    """
+    refusing = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, dy)
+        return refusing(ctx, dy if dy.requires_grad else dy.detach().requires_grad_())
+
+    return run
 
 
 class ChannelGate(torch.autograd.Function):
@@ -35,7 +52,7 @@ class ChannelGate(torch.autograd.Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         s = product = None
         if ctx.needs_input_grad[1]:
@@ -70,7 +87,7 @@ class BatchNormAct(torch.autograd.Function):
         _keep(ctx, x, residual, weight, bias, output, mean, var, *settings)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dresidual, dweight, dbias, s = _gradients(ctx, dy)
         product = None
@@ -100,7 +117,7 @@ class FusedBatchNormAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         gradients = _gradients(ctx, dy)

@@ -2,7 +2,9 @@
 
 An ``nn.Sequential`` gets a forward that hands promises from child to child; of other modules the methods are rewritten
 around the chains (see ``taylorkern.rewriting``). The new methods are attributes of the instances: classes, modules,
-parameters, state_dict and repr stay as they are. A copy is fused like the original, a pickle comes back unfused.
+parameters, state_dict and repr stay as they are. A deep copy is fused like the original, a pickle comes back unfused.
+A method that is put into a module's class later is not seen, and a shallow copy (``copy.copy``) runs the original, as
+do the replicas that ``nn.DataParallel`` makes of what a pickle held: revert before either, or fuse again after loading.
 """
 
 import inspect
@@ -12,10 +14,14 @@ from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import deferred
-from .rewriting import ACTIVATION, LINK, NORM, Dotted, RewriteError, is_function, rewritten, source
+from .activations import MODULES
+from .rewriting import rewritten
+from .sources import Dotted, RewriteError, source
+from .spelling import ACTIVATION, CODE, LINK, MODULE, NORM, is_function
 
 _FUSED = "_fused_by_taylorkern"
 
@@ -44,6 +50,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if _is_fused(value)]:
             del vars(module)[name]
+        _forget_pickled(module)
 
 
 def _fuse(module: nn.Module) -> str:
@@ -51,12 +58,14 @@ def _fuse(module: nn.Module) -> str:
     _forget_pickled(module)
     if "forward" in vars(module) and not _is_fused(vars(module)["forward"]):
         return "the instance has a forward of its own"
+    if isinstance(module, torch.fx.GraphModule):
+        return "its code is made from a graph, and may be made anew"
     if deferred.runs_its_children(module):
         return _fuse_children(module)
     if not any(type(inner) in deferred.NORMALISATIONS for inner in module.modules()):
         return ""
     try:
-        methods = {name: new for name, function in _methods(module).items() if (new := _fused(module, function))}
+        methods = {name: new for name, function in _methods(module).items() if (new := _fused(module, name, function))}
     except RewriteError as error:
         return str(error)
     for name, method in methods.items():
@@ -79,8 +88,24 @@ def _pairs(module: nn.Module) -> Iterator[tuple[bool, bool]]:
 
 
 def _install(module: nn.Module, name: str, function: Callable) -> None:
-    vars(function)[_FUSED] = True
-    vars(module)[name] = MethodType(function, module)
+    for attribute, method in ((name, function), (_REPLICATE, _replica)):
+        vars(method)[_FUSED] = True
+        vars(module)[attribute] = MethodType(method, module)
+
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def _replica(self: nn.Module) -> nn.Module:
+    """``nn.Module``'s, for ``nn.DataParallel``: a shallow copy, whose methods must be bound to itself."""
+    replica: nn.Module = getattr(type(self), _REPLICATE)(self)
+    for name, value in vars(self).items():
+        if _is_fused(value):
+            vars(replica)[name] = MethodType(value.__func__, replica)
+    return replica
+
+
+_replica.__name__ = _REPLICATE  # by which a pickle finds the class's own
 
 
 def _is_fused(value: Any) -> bool:
@@ -116,9 +141,9 @@ def _methods(module: nn.Module) -> dict[str, FunctionType]:
     return found
 
 
-def _fused(module: nn.Module, function: FunctionType) -> FunctionType | None:
+def _fused(module: nn.Module, name: str, function: FunctionType) -> FunctionType | None:
     found = ((dotted, _role_at(module, dotted)) for dotted in source(function).dotted())
-    return rewritten(function, frozenset((dotted, role) for dotted, role in found if role is not None))
+    return rewritten(function, name, frozenset((dotted, role) for dotted, role in found if role is not None))
 
 
 def _role_at(module: nn.Module, dotted: Dotted) -> str | None:
@@ -126,20 +151,33 @@ def _role_at(module: nn.Module, dotted: Dotted) -> str | None:
     found: Any = module
     for name in dotted:
         if not isinstance(found, nn.Module):
-            return None
-        found = found._modules[name] if name in found._modules else vars(found).get(name, _MISSING)
+            return None if isinstance(found, _DATA) else CODE
+        own = next((held[name] for held in _held(found) if name in held), _MISSING)
+        if own is _MISSING:
+            own = inspect.getattr_static(type(found), name, None)
+            return CODE if hasattr(own, "__get__") else None
+        found = own
     return _role(found)
 
 
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers, vars(module)
+
+
 _MISSING = object()
+_DATA = (torch.Tensor, int, float, str, tuple, list, dict, type(None))
 
 
 def _role(found: Any) -> str | None:
     if type(found) in deferred.NORMALISATIONS or _ends_in_norm(found):
         return NORM
-    if type(found) in deferred.MODULES or is_function(found):
+    if type(found) in MODULES or is_function(found):
         return ACTIVATION
-    return LINK if found is None or type(found) is nn.Identity else None
+    if found is None or type(found) is nn.Identity:
+        return LINK
+    if isinstance(found, nn.Module):
+        return MODULE
+    return CODE if callable(found) else None
 
 
 def _ends_in_norm(found: Any) -> bool:
@@ -152,4 +190,4 @@ def _ends_in_norm(found: Any) -> bool:
 
 def _looks_fusible(module: nn.Module) -> bool:
     kinds = {type(child) for child in module.children()}
-    return bool(kinds.intersection(deferred.NORMALISATIONS) and kinds.intersection(deferred.MODULES))
+    return bool(kinds.intersection(deferred.NORMALISATIONS) and kinds.intersection(MODULES))

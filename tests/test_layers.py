@@ -267,13 +267,21 @@ def test_one_value_per_channel_is_refused_as_torch_does():
     assert scores.minibatches == 0
 
 
-def test_double_backward_is_refused():
-    layer = tk.convert(nn.BatchNorm2d(3))
-    scores = tk.Scores(layer, None)
+@pytest.mark.parametrize("outcome", ["square", "sum"])  # with a gradient that requires one itself, and a constant one
+@pytest.mark.parametrize(
+    "layers",
+    [[nn.BatchNorm2d(3)], [nn.BatchNorm2d(3), nn.ReLU()], [nn.BatchNorm2d(3), nn.SiLU()], [nn.Conv2d(3, 4, 1)]],
+    ids=["bn", "bn and relu", "bn and silu", "conv"],
+)
+def test_double_backward_is_refused(layers, outcome):
+    model = tk.convert(nn.Sequential(*copy.deepcopy(layers)), fuse=len(layers) > 1)
+    scores = tk.Scores(model, None)
     x = normal((2, 3, 4, 4), 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    y = model(x)
+    loss = y.square().sum() if outcome == "square" else y.sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+        gradient.square().sum().backward()
     assert scores.dropped == 0
 
 
