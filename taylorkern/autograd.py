@@ -18,7 +18,7 @@ class InplaceError(RuntimeError):
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """``backward`` without a graph of its own: a second derivative through it is refused, not left out.
 
-    Torch's ``once_differentiable`` refuses it only where the incoming gradient requires one, and costs time in every call.
+    Torch's ``once_differentiable`` refuses it only where the incoming gradient requires one, and takes its time.
     """
     refusing = once_differentiable(backward)
 

@@ -159,9 +159,10 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     ``Scores`` attaches gates they compute what they computed before, bit for bit. Subclasses of torch's layers are
     left alone, for their forward may differ. Returns ``model``.
 
-    With ``fuse`` every batch normalisation that an activation follows, with or without an addition in between, runs
-    as one operation with it where gradients are recorded; a model converted before is fused too. It computes the same
-    up to rounding, and warns where code could not be read (see ``taylorkern.fusion``). Backward runs once only: no
+    With ``fuse`` every batch normalisation that an activation follows (ReLU, ReLU6, LeakyReLU, SiLU, Hardswish), with
+    or without an addition in between (before ReLU, and in-place ReLU6 and LeakyReLU), runs as one operation with it
+    where gradients are recorded; a model converted before is fused too. It computes the same up to rounding, and warns
+    where code could not be read (see ``taylorkern.fusion``). Backward runs once only: no
     ``create_graph`` through a fused operation.
 
     Raises ValueError where nothing can be converted, or everything has been already.
