@@ -29,6 +29,7 @@ from bench.workload import Run, Workload
 
 TOLERANCE = 1e-9
 FACTOR = 4  # between ours and torch's own error in float32: how many activations change sides of a ReLU is chance
+SEEDS = range(5)
 ROUGHLY = 0.2
 BY_NAME = {way.name: way for way in (*OURS, *RIVALS)}
 PLAIN, SCORED, EXPLICIT = (BY_NAME[name] for name in ("plain", "scored", "gates [N, C]"))
@@ -80,14 +81,18 @@ def wide(w: Workload, way: Way) -> dict[str, float]:
 
 
 def narrow(w: Workload, way: Way) -> dict[str, float]:
-    """Float32 relative to float64, over all layers on average; raises WrongError where it is too large."""
+    """Float32 relative to float64, over all layers on average and in the median over seeds; raises WrongError.
+
+    A single activation on the other side of its kink changes every layer before it: what one seed shows is chance.
+    """
     if way.quantity != "s" or not way.checked_small:
         return {}
-    w = w.small()
-    of = reference(w.double())
-    want = of.explicit if way.training else of.evaluating
-    torchs = _typical(reference(w).explicit, of.explicit)
-    typical = _typical(_first(way.prepare(w)), want)
+    found: list[tuple[float, float]] = []
+    for at in map(w.small().seeded, SEEDS):
+        of = reference(at.double())
+        want = of.explicit if way.training else of.evaluating
+        found.append((_typical(_first(way.prepare(at)), want), _typical(reference(at).explicit, of.explicit)))
+    typical, torchs = map(statistics.median, zip(*found, strict=True))
     if not typical <= FACTOR * torchs + 1e-5:
         raise WrongError(
             f"{way.name} on {w}: {typical:.1e} from float64 where gates that are really multiplied are {torchs:.1e}, "

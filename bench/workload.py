@@ -44,6 +44,7 @@ class Workload:
     training: bool = True
     compiler: str = ""  # torch.compile's backend, or none
     pairs: int = 15
+    seed: int = 0
 
     def __str__(self) -> str:
         return f"{self.network}-{self.layout}"
@@ -58,6 +59,10 @@ class Workload:
         """On images of 32x32 at most: in float64 most of torch's convolutions are slow."""
         return replace(self, size=min(self.size, 32))
 
+    def seeded(self, seed: int) -> "Workload":
+        """With other weights, images and labels."""
+        return replace(self, seed=seed)
+
     def evaluating(self) -> "Workload":
         """With the running statistics in place of the batch's."""
         return replace(self, training=False)
@@ -67,7 +72,7 @@ class Workload:
         return {"network": self.network, "size": self.size, "batch": self.batch, "layout": self.layout}
 
     def model(self) -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         model = tiny(self.classes) if self.network == "tiny" else _by_torchvision(self.network, self.classes)
         model = model.to(self.dtype).train(self.training)
         if self.layout == "channels_last":
@@ -77,11 +82,11 @@ class Workload:
     def images(self) -> Tensor:
         """[N, 3, size, size]."""
         shape = (self.batch, 3, self.size, self.size)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1)).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x
 
     def labels(self) -> Tensor:
-        return torch.randint(self.classes, (self.batch,), generator=torch.Generator().manual_seed(2))
+        return torch.randint(self.classes, (self.batch,), generator=torch.Generator().manual_seed(self.seed + 2))
 
     def step(self, model: nn.Module, weights: list[nn.Parameter], behind: Run | None = None) -> Run:
         """One training step; ``behind`` runs between backward and the optimiser's step."""
