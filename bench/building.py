@@ -1,10 +1,11 @@
-"""How long the kernels take to compile, cold, as multiples of what the reader knows.
+"""How long the kernels, and the library that calls them, take to compile, cold, as multiples of what the reader knows.
 
     python -m bench.building [--rounds 3]
 
-The kernels are compiled into an empty folder; beside them, in the same rounds, stand a Python that imports torch and
-the compilation of an empty pybind11 module with the same compiler and flags. Before anything is timed, a process of
-its own loads a fresh build and compares it with the reference.
+Both are compiled into an empty folder, as a first use does it; beside them, in the same rounds, stand a Python that
+imports torch, and the compilation with the same compiler and flags of an empty pybind11 module and of a file that does
+no more than include torch's autograd. Before anything is timed, a process of its own loads a fresh build and compares
+it with the reference.
 """
 
 import argparse
@@ -18,17 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pybind11
-
 from bench.pairs import Timer, WrongError, interleaved, quartiles, ratios
 from taylorkern.backends import build, toolchain
+from taylorkern.backends.recipe import AUTOGRAD, KERNELS, Part
 
 EMPTY = "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(empty, module) { (void)module; }\n"
+INCLUDING = "#include <torch/csrc/autograd/custom_function.h>\n"
 CHECK = """
 import torch
 from taylorkern import backends, ops
 a, g = torch.randn(2, 4, 33, 17, 9).double()
 assert backends.provider("channel_scores", a) is backends.native, "the fresh build does not serve"
+assert backends.native.autograd(), "the fresh build has no library that calls the kernels"
 print(float((ops.channel_scores(a, g) - backends.reference.channel_scores(a, g)).norm()))
 """
 
@@ -44,19 +46,29 @@ def import_torch() -> None:
 
 
 def empty_module() -> None:
-    tools = toolchain.find_toolchain()
-    includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    compile_one(KERNELS, EMPTY)
+
+
+def empty_autograd() -> None:
+    compile_one(AUTOGRAD, INCLUDING)
+
+
+def compile_one(part: Part, text: str) -> None:
+    """Compile a file of that ``text`` as a library of its own, as the units of ``part`` are compiled."""
+    includes = [f"-isystem{path}" for path in (*part.headers, sysconfig.get_paths()["include"])]
+    compiler = toolchain.find_toolchain().compiler
     with tempfile.TemporaryDirectory(prefix="bench-build-") as folder:
         source = Path(folder) / "empty.cpp"
-        source.write_text(EMPTY)
-        command = [*tools.compiler, *toolchain.FLAGS, *includes, "-shared", str(source), "-o", f"{folder}/empty.so"]
-        subprocess.run(command, check=True)
+        source.write_text(text)
+        output = ["-shared", str(source), "-o", f"{folder}/empty.so"]
+        subprocess.run([*compiler, *part.flags, *includes, *output, *part.links], check=True)
 
 
 WAYS: dict[str, Callable[[], None]] = {
     "kernels": kernels,
     "import torch": import_torch,
     "empty pybind11 module": empty_module,
+    "file that includes torch's autograd": empty_autograd,
 }
 
 

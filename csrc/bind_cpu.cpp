@@ -1,3 +1,7 @@
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "bind.h"
 
 namespace taylorkern {
@@ -13,9 +17,9 @@ void channel_scores(Address a, Address g, Address s, int64_t N, int64_t C, int64
   cpu::channel_scores(args, threads);
 }
 
-void batch_norm_act(Address x, Address residual, Address weight, Address bias, Address y, Address mean, Address var,
-                    double eps, bool training, int activation, double slope, int64_t N, int64_t C, int64_t S, int layout,
-                    int dtype, int threads) {
+void batch_norm_act(Address x, Address residual, Address weight, Address bias, Address y, Address mask, Address mean,
+                    Address var, double eps, bool training, int activation, double slope, int64_t N, int64_t C,
+                    int64_t S, int layout, int dtype, int threads) {
   const Shape shape = checked_shape(N, C, S, layout, dtype);
   const int64_t elements = N * C * S;
   const BatchNormAct args{shape,
@@ -24,6 +28,7 @@ void batch_norm_act(Address x, Address residual, Address weight, Address bias, A
                           optional(weight),
                           optional(bias),
                           required("y", y, elements),
+                          optional(mask),
                           required("mean", mean, C),
                           required("var", var, C),
                           eps,
@@ -34,16 +39,16 @@ void batch_norm_act(Address x, Address residual, Address weight, Address bias, A
   cpu::batch_norm_act(args, threads);
 }
 
-void batch_norm_act_backward(Address dy, Address x, Address y, Address weight, Address bias, Address mean, Address var,
-                             Address dx, Address dresidual, Address dweight, Address dbias, Address s, double eps,
-                             bool training, int activation, double slope, int64_t N, int64_t C, int64_t S,
+void batch_norm_act_backward(Address dy, Address x, Address mask, Address weight, Address bias, Address mean,
+                             Address var, Address dx, Address dresidual, Address dweight, Address dbias, Address s,
+                             double eps, bool training, int activation, double slope, int64_t N, int64_t C, int64_t S,
                              int layout, int dtype, int threads) {
   const Shape shape = checked_shape(N, C, S, layout, dtype);
   const int64_t elements = N * C * S;
   const BatchNormActBackward args{shape,
                                   required("dy", dy, elements),
                                   required("x", x, elements),
-                                  optional(y),
+                                  optional(mask),
                                   optional(weight),
                                   optional(bias),
                                   required("mean", mean, C),
@@ -61,12 +66,31 @@ void batch_norm_act_backward(Address dy, Address x, Address y, Address weight, A
   cpu::batch_norm_act_backward(args, threads);
 }
 
+void checked_run(const FoldRun& of, const std::vector<FoldPiece>& pieces, int64_t U) {
+  const bool inside = of.piece >= 0 && of.piece < static_cast<int64_t>(pieces.size()) && of.length >= 0 &&
+                      of.channel >= 0 && of.channel + of.length <= pieces[static_cast<size_t>(of.piece)].C &&
+                      of.unit >= 0 && of.unit + of.length <= U;
+  if (!inside) throw py::value_error("taylorkern: a run reaches outside of its piece or of the units");
+}
+
 void follow(Address mean, Address var, Address running_mean, Address running_var, double momentum, double correction,
             int64_t C, int dtype) {
   const Shape shape = checked_shape(1, C, 1, 0, dtype);
   cpu::follow({C, shape.dtype, required("mean", mean, C), required("var", var, C),
                required("running_mean", running_mean, C), required("running_var", running_var, C), momentum,
                correction});
+}
+
+// s: the pieces' addresses, and how many channels each has; runs: [count] of FoldRun
+void fold(const std::vector<Address>& s, const std::vector<int64_t>& channels, Address runs, Address sums,
+          Address squares, int64_t N, int64_t U, int64_t count, int dtype) {
+  const Shape shape = checked_shape(N, U, 1, 0, dtype);
+  std::vector<FoldPiece> pieces;
+  for (size_t i = 0; i < s.size(); ++i) pieces.push_back({required("s", s[i], N * channels.at(i)), channels.at(i)});
+  const auto* found = static_cast<const FoldRun*>(required("runs", runs, count));
+  for (int64_t i = 0; i < count; ++i) checked_run(found[i], pieces, U);
+  cpu::fold({N, U, count, shape.dtype, pieces.data(), found, static_cast<double*>(required("sums", sums, U)),
+             static_cast<double*>(required("squares", squares, U))});
 }
 
 }  // namespace
@@ -76,6 +100,11 @@ void bind_cpu(py::module_& module) {
   module.def("batch_norm_act", &batch_norm_act);
   module.def("batch_norm_act_backward", &batch_norm_act_backward);
   module.def("follow", &follow);
+  module.def("fold", &fold);
+  // For the library that calls kernels without Python in between
+  const auto address = [](auto* function) { return reinterpret_cast<Address>(function); };
+  module.attr("addresses") = py::make_tuple(address(&cpu::batch_norm_act), address(&cpu::batch_norm_act_backward),
+                                            address(&cpu::follow));
 }
 
 }  // namespace taylorkern

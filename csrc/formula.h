@@ -49,14 +49,22 @@ TAYLORKERN_INLINE V sigmoid(V z) {
   return 1 / (1 + Exponential<V>::of(-z));
 }
 
-// Activations y = act(z). gradient(v, dy) is dL/dz at v = z, and for those that keep the order of z's sign and
-// kinks (none, relu, relu6, leaky_relu with slope >= 0) also at v = y.
-// A NaN stays NaN; at a kink the gradient is torch's. A is the accumulation type.
+// Activations y = act(z), with dL/dz = gradient(z, dy). Those made of straight lines (none, relu, relu6, leaky_relu) can
+// do with a mask in the place of z: the gradient is dy where passes(z) holds, and stopped(dy) elsewhere.
+// A NaN stays NaN, and relu and relu6 pass a gradient there; at a kink the gradient is torch's. A is the accumulation type.
 template <class A>
 struct NoActivation {
   template <class V>
   TAYLORKERN_INLINE V apply(V z) const {
     return z;
+  }
+  template <class V>
+  TAYLORKERN_INLINE auto passes(V) const {
+    return V{} == V{};
+  }
+  template <class V>
+  TAYLORKERN_INLINE V stopped(V dy) const {
+    return dy;
   }
   template <class V>
   TAYLORKERN_INLINE V gradient(V, V dy) const {
@@ -71,8 +79,16 @@ struct Relu {
     return z <= V{} ? V{} : z;
   }
   template <class V>
-  TAYLORKERN_INLINE V gradient(V v, V dy) const {
-    return v <= V{} ? V{} : dy;
+  TAYLORKERN_INLINE auto passes(V z) const {
+    return !(z <= V{});
+  }
+  template <class V>
+  TAYLORKERN_INLINE V stopped(V) const {
+    return V{};
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    return passes(z) ? dy : stopped(dy);
   }
 };
 
@@ -84,9 +100,16 @@ struct Relu6 {
     return low >= six ? six : low;
   }
   template <class V>
-  TAYLORKERN_INLINE V gradient(V v, V dy) const {
-    const V low = v <= V{} ? V{} : dy;
-    return v >= V{} + A{6} ? V{} : low;
+  TAYLORKERN_INLINE auto passes(V z) const {
+    return !((z <= V{}) | (z >= V{} + A{6}));
+  }
+  template <class V>
+  TAYLORKERN_INLINE V stopped(V) const {
+    return V{};
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    return passes(z) ? dy : stopped(dy);
   }
 };
 
@@ -99,9 +122,17 @@ struct LeakyRelu {
     return z > V{} ? z : less;
   }
   template <class V>
-  TAYLORKERN_INLINE V gradient(V v, V dy) const {
-    const V less = dy * slope;
-    return v > V{} ? dy : less;
+  TAYLORKERN_INLINE auto passes(V z) const {
+    return z > V{};
+  }
+  template <class V>
+  TAYLORKERN_INLINE V stopped(V dy) const {
+    return dy * slope;
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    const V less = stopped(dy);
+    return passes(z) ? dy : less;
   }
 };
 
@@ -132,34 +163,62 @@ struct Hardswish {
   }
 };
 
-// Any of them, chosen register by register
+// Any with a mask, chosen register by register
 template <class A>
-struct AnyActivation {
+struct AnyKinked {
   Activation kind;
   A slope;
   template <class V>
   TAYLORKERN_INLINE V apply(V z) const {
-    return with([&](auto act) { return act.apply(z); }, z);
+    return with([&](auto act) { return act.apply(z); });
   }
   template <class V>
-  TAYLORKERN_INLINE V gradient(V v, V dy) const {
-    return with([&](auto act) { return act.gradient(v, dy); }, v);
+  TAYLORKERN_INLINE auto passes(V z) const {
+    return with([&](auto act) { return act.passes(z); });
+  }
+  template <class V>
+  TAYLORKERN_INLINE V stopped(V dy) const {
+    return with([&](auto act) { return act.stopped(dy); });
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    const V otherwise = stopped(dy);
+    return passes(z) ? dy : otherwise;
   }
 
  private:
-  template <class F, class V>
-  TAYLORKERN_INLINE V with(const F& f, V otherwise) const {
+  template <class F>
+  TAYLORKERN_INLINE auto with(const F& f) const {
     switch (kind) {
-      case Activation::none: return f(NoActivation<A>{});
       case Activation::relu: return f(Relu<A>{});
       case Activation::relu6: return f(Relu6<A>{});
       case Activation::leaky_relu: return f(LeakyRelu<A>{slope});
-      case Activation::silu: return f(Silu<A>{});
-      case Activation::hardswish: return f(Hardswish<A>{});
+      default: return f(NoActivation<A>{});
     }
-    return otherwise;
   }
 };
+
+// Any without, chosen register by register
+template <class A>
+struct AnySmooth {
+  Activation kind;
+  template <class V>
+  TAYLORKERN_INLINE V apply(V z) const {
+    return kind == Activation::silu ? Silu<A>{}.apply(z) : Hardswish<A>{}.apply(z);
+  }
+  template <class V>
+  TAYLORKERN_INLINE V gradient(V z, V dy) const {
+    return kind == Activation::silu ? Silu<A>{}.gradient(z, dy) : Hardswish<A>{}.gradient(z, dy);
+  }
+};
+
+// Whether a mask tells the gradient of an activation, known when compiling and by its code
+template <class Act>
+constexpr bool kMasked = true;
+template <class A>
+constexpr bool kMasked<AnySmooth<A>> = false;
+
+TAYLORKERN_INLINE bool maskable(Activation kind) { return kind != Activation::silu && kind != Activation::hardswish; }
 
 // level = dbias / M, slope = dweight / sqrt(var + eps) / M
 template <class V>

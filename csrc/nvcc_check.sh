@@ -27,13 +27,15 @@ __global__ void every_formula(const V* in, V* out, double eps, int code) {
   const double invstd = inverse_std(var, eps);
   const V scale = weight * running_inverse_std(var, eps);
   const V z = normalise(x, scale, normalise(-mean, scale, bias));
-  const AnyActivation<V> act{static_cast<Activation>(code), in[9]};
-  out[0] = act.apply(z);
-  out[1] = input_gradient(act.gradient(z, dy), x, mean, scale, in[6], in[7]);
+  const AnyKinked<V> kinked{static_cast<Activation>(code), in[9]};
+  const AnySmooth<V> smooth{static_cast<Activation>(code)};
+  out[0] = kinked.apply(z) + smooth.apply(z);
+  out[1] = input_gradient(kinked.gradient(z, dy) + smooth.gradient(z, dy), x, mean, scale, in[6], in[7]);
   out[2] = gate_gradient(weight, bias, in[8], in[9]);
   const Moments<double> all = joined(moments_about<double>(x, mean, var, 4.0), 4.0, Moments<double>{x, dy}, 8.0);
   out[3] = moved(static_cast<V>(all.mean), in[10], in[11]);
   out[4] = static_cast<V>(biased_variance<V>(all.m2, 12.0));
+  out[5] = kinked.passes(z) ? dy : kinked.stopped(dy);
 }
 
 template __global__ void every_formula<float>(const float*, float*, double, int);

@@ -36,7 +36,7 @@ struct ChannelScores {
 
 // y = act(x * scale + shift [+ residual]), scale = weight / sqrt(var + eps), shift = bias - mean * scale, each rounded
 // as torch's own batch normalisation rounds it
-// The activations are those of formula.h; slope is leaky_relu's for z below 0.
+// The activations are those of formula.h; slope is leaky_relu's for z below 0. silu and hardswish have no mask.
 struct BatchNormAct {
   Shape shape;
   const void* x;         // [N, C, S]
@@ -44,6 +44,7 @@ struct BatchNormAct {
   const void* weight;    // [C] acc or null: ones
   const void* bias;      // [C] acc or null: zeros
   void* y;               // [N, C, S], written
+  void* mask;            // [N, C, S] bytes or null: not wanted; written with 1 where act'(z) is 1, else with 0
   void* mean;            // [C] acc; training: written, the batch's (0 if the batch is empty); otherwise read
   void* var;             // [C] acc; training: written, the batch's biased variance (0 if empty); otherwise read
   double eps;
@@ -52,8 +53,8 @@ struct BatchNormAct {
   double slope;
 };
 
-// dz = dy * act'(z). Where y is given it stands for z, as none, relu, relu6 and leaky_relu with slope >= 0 allow; else z
-// is computed from x by the forward's own expression (right only if there was no residual).
+// dz = dy * act'(z). Where the forward's mask is given it says where act' is 1; else z is computed from x by the forward's
+// own expression (right only if there was no residual).
 // xhat = (x - mean) / sqrt(var + eps), A[n,c] = sum_S xhat * dz, B[n,c] = sum_S dz, M = N * S:
 //   s = weight * A + bias * B,  dweight = sum_N A,  dbias = sum_N B
 //   training: dx = scale * (dz - dbias / M - xhat * dweight / M);  otherwise: dx = scale * dz
@@ -61,7 +62,7 @@ struct BatchNormActBackward {
   Shape shape;
   const void* dy;      // [N, C, S]
   const void* x;       // [N, C, S]
-  const void* y;       // [N, C, S] or null
+  const void* mask;    // [N, C, S] bytes or null
   const void* weight;  // [C] acc or null: ones
   const void* bias;    // [C] acc or null: zeros
   const void* mean;    // [C] acc, as the forward used it
@@ -88,6 +89,27 @@ struct RunningStatistics {
   double momentum, correction;
 };
 
+// Channels [channel, channel + length) of a piece, which belong to the units from `unit` on, one each
+struct FoldRun {
+  int64_t piece, channel, unit, length;
+};
+
+struct FoldPiece {
+  const void* s;  // [N, C] acc
+  int64_t C;
+};
+
+// With t[n,u] the sum of s[n] over the channels of unit u in all pieces, in the order of the runs:
+//   sums[u] = sum_N t[n,u],  squares[u] = sum_N t[n,u]^2
+struct Fold {
+  int64_t N, U, count;      // count: of runs
+  Dtype dtype;              // f32 or f64: acc
+  const FoldPiece* pieces;
+  const FoldRun* runs;      // [count]
+  double* sums;             // [U], written
+  double* squares;          // [U], written
+};
+
 namespace cpu {
 
 // threads: how many may work; it never changes a bit of the result.
@@ -95,6 +117,7 @@ void channel_scores(const ChannelScores& args, int threads);
 void batch_norm_act(const BatchNormAct& args, int threads);
 void batch_norm_act_backward(const BatchNormActBackward& args, int threads);
 void follow(const RunningStatistics& args);
+void fold(const Fold& args);
 
 }  // namespace cpu
 }  // namespace taylorkern

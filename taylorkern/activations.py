@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-
 
 class Activation(NamedTuple):
     """A call of an activation: the operation's name for it, LeakyReLU's slope, and whether it overwrites its input."""
@@ -17,14 +15,6 @@ class Activation(NamedTuple):
     name: str
     slope: float = 0.0
     inplace: bool = False
-
-    def keeps_output(self) -> bool:
-        """Whether backward may read the output, as it must behind an addition; then nobody may overwrite it.
-
-        The operation could for more, but torch keeps the input of ReLU6 and LeakyReLU unless they overwrite it, and so
-        lets code that comes later overwrite their output.
-        """
-        return ops.reads_output(self.name, self.slope) and (self.inplace or self.name == "relu")
 
 
 Reader = Callable[[Any, tuple[Any, ...], dict[str, Any]], Activation | None]

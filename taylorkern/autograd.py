@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class BatchNormAct(torch.autograd.Function):
     """Backward of a batch normalisation that has run already, with a gate z [N, C] on its affine output a.
 
     ``e`` is a gate [N, C, *S] there, or None, without an activation behind it: its gradient is a·dy.
-    ``y``, ``mean`` and ``var`` are what ``ops.batch_norm_act``, or torch's own forward, made of ``x`` without
-    gradients; y is handed on, with the gradients of ``x``, ``residual``, ``weight``, ``bias`` and z attached.
+    ``y``, ``mean``, ``var`` and ``mask`` (or None) are what ``ops.batch_norm_act``, or torch's own forward, made of
+    ``x`` without gradients; y is handed on, with the gradients of ``x``, ``residual``, ``weight``, ``bias`` and z.
     """
 
     @staticmethod
@@ -83,8 +84,8 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, residual, weight, bias, _, _, _, mean, var, *settings = inputs
-        _keep(ctx, x, residual, weight, bias, output, mean, var, *settings)
+        x, residual, weight, bias, _, _, _, mean, var, mask, *settings = inputs
+        _keep(ctx, x, residual, weight, bias, mean, var, mask, *settings)
 
     @staticmethod
     @differentiable_once
@@ -96,7 +97,7 @@ class BatchNormAct(torch.autograd.Function):
             product = _affine(x, weight, bias, mean, var, ctx.eps) * dy
         wanted = ctx.needs_input_grad
         gradients = (dx, dresidual, dweight, dbias, s, product)
-        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 7
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 8
 
 
 class FusedBatchNormAct(torch.autograd.Function):
@@ -111,9 +112,10 @@ class FusedBatchNormAct(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, z: Any, follow: Callable[[Tensor, Tensor], None],
         running_mean: Any, running_var: Any, training: bool, *settings: Any,
     ) -> Tensor:  # fmt: skip
-        y, mean, var = ops.batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, *settings)
+        y, *made = ops.batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, *settings)
+        mean, var, mask = made
         follow(mean, var)
-        _keep(ctx, x, residual, weight, bias, y, mean, var, training, *settings)
+        _keep(ctx, x, residual, weight, bias, mean, var, mask, training, *settings)
         return y
 
     @staticmethod
@@ -133,30 +135,49 @@ def attach(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 def _keep(
-    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, y: Tensor, mean: Tensor, var: Tensor,
+    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, mask: Any,
     training: bool, eps: float, activation: str, slope: float,
 ) -> None:  # fmt: skip
     ctx.training, ctx.eps, ctx.activation, ctx.slope = training, eps, activation, slope
-    ctx.masked_by_y = residual is not None and activation != "none"
-    ctx.save_for_backward(x, y if ctx.masked_by_y else None, weight, bias, mean, var)
+    ctx.masked = residual is not None and activation != "none"
+    ctx.save_for_backward(x, mask if ctx.masked else None, weight, bias, mean, var)
+
+
+def gradients(
+    dy: Tensor, saved: tuple[Tensor | None, ...], training: bool, eps: float, activation: int, slope: float, apart: bool
+) -> tuple[Tensor | None, ...]:
+    """What csrc/autograd.cpp leaves to Python, where a gradient or the moment is unusual: see ``_gradients``."""
+    kept = SimpleNamespace(
+        saved_tensors=saved, training=training, eps=eps, activation=ops.ACTIVATIONS[activation], slope=slope,
+        masked=saved[1] is not None, needs_input_grad=(True, apart),
+    )  # fmt: skip
+    return _once(kept, dy)
+
+
+def overwritten() -> None:
+    """Raises the InplaceError of a normalisation that finds its input changed."""
+    raise InplaceError(
+        "the input of a scored batch normalisation was overwritten in place before backward, and its score needs "
+        "the value; use the out-of-place form of that operation"
+    )
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dweight, dbias and s of what ``_keep`` has kept."""
     try:
-        x, y, weight, bias, mean, var = ctx.saved_tensors
+        x, mask, weight, bias, mean, var = ctx.saved_tensors
     except RuntimeError as error:
         if not _overwritten(error):
             raise
-        raise InplaceError(
-            "the input or output of a scored batch normalisation was overwritten in place before backward, and "
-            "its score needs the value; use the out-of-place form of that operation"
-        ) from error
-    masked = ctx.masked_by_y and ctx.needs_input_grad[1]
+        overwritten()
+    apart = ctx.masked and ctx.needs_input_grad[1]  # else the residual's gradient is dy, or not wanted
     dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
-        dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, masked
+        dy, x, mask, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, apart
     )
-    return dx, dz if ctx.masked_by_y else dy, _as(dweight, weight), _as(dbias, bias), s
+    return dx, dz if ctx.masked else dy, _as(dweight, weight), _as(dbias, bias), s
+
+
+_once = differentiable_once(_gradients)
 
 
 def _overwritten(error: RuntimeError) -> bool:

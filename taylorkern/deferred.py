@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import backends
+from . import backends, direct, ops
 from .activations import FUNCTIONS, MODULES, Activation, relu, relu_
 from .autograd import InplaceError
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused_batch_norm, promised, settle
@@ -30,6 +30,8 @@ NORMALISATIONS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 class Deferred:
     """The output of ``layer`` on ``x`` [N, C, *S], plus ``residual`` if one came; it runs when it is needed."""
+
+    __slots__ = ("__weakref__", "_output", "_version", "add", "layer", "residual", "x")
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         self.layer = layer
@@ -74,7 +76,7 @@ class Deferred:
 
     def activated(self, activation: Activation) -> Tensor | None:
         """The tensor with ``activation`` behind it, in one operation; None where that can't be, or not any more."""
-        if self.x is None or (self.residual is not None and not activation.keeps_output()):
+        if self.x is None or (self.residual is not None and not ops.maskable(activation.name)):
             return None
         x, residual, self.x, self.residual = self.x, self.residual, None, None
         self._check(x)
@@ -90,7 +92,7 @@ class Deferred:
 
 def start(layer: Any, x: Any) -> Any:
     """``layer(x)``, as a promise where ``layer`` is, or ends in, a batch normalisation that can wait."""
-    if type(layer) in NORMALISATIONS and _may_wait(x) and _can_wait(layer, x):
+    if type(layer) in NORMALISATIONS and _can_wait(layer, x):
         return Deferred(layer, x)
     if runs_its_children(layer) and _may_wait(x) and not hooked(layer):
         return through(layer, x)
@@ -192,17 +194,26 @@ def _may_wait(x: Any) -> bool:
     return type(x) in _PLAIN and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not _watched()
 
 
-def _can_wait(layer: Any, x: Tensor) -> bool:
+def _can_wait(layer: Any, x: Any) -> bool:
     """Whether ``layer`` may run later, as part of one operation that a kernel serves."""
-    if x.is_inference() or hooked(layer) or "forward" in vars(layer) or F.batch_norm is not _BATCH_NORM:
+    if torch.compiler.is_compiling() or hooked(layer) or "forward" in vars(layer) or F.batch_norm is not _BATCH_NORM:
         return False
-    elements = layer.gate is not None and layer.gate.every_element
-    fits = not elements and x.dim() >= 2 and x.numel() > x.shape[1] and _dense(x) and _fits(layer, x)
-    if not fits or x.device.type not in backends.PROVIDERS:
+    if layer.gate is not None and layer.gate.every_element:
+        return False
+    # The first says at a glance what the second takes its time to find out.
+    if not direct.takes(layer, x) and not (_may_wait(x) and _served(layer, x)):
         return False
     layer._check_input_dim(x)
     settle(layer)
-    return backends.provider("batch_norm_act", x) is not backends.reference
+    return True
+
+
+def _served(layer: Any, x: Tensor) -> bool:
+    """Whether a kernel serves ``layer`` on ``x``, in the way torch would."""
+    if x.is_inference() or x.device.type not in backends.PROVIDERS:
+        return False
+    fits = x.dim() >= 2 and x.numel() > x.shape[1] and _dense(x) and _fits(layer, x)
+    return fits and backends.provider("batch_norm_act", x) is not backends.reference
 
 
 def _dense(x: Tensor) -> bool:

@@ -5,15 +5,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .backends import native
+
 BLOCK = 2**17  # elements that are widened to float64 at a time, to stay in cache: 1 MiB
 
 
 class Folding:
     """Adds up s [N, P], the gate gradients of P channels, by units: Σ_n s[n, u] and Σ_n s[n, u]².
 
-    ``units`` [P] holds each channel's unit, below ``count`` or -1 for none. In every sample the channels of a unit are
-    added in the order they have there before anything is squared, in float64 and without atomics: the same s gives the
-    same bits. Indices are made once and live on ``device``.
+    s may come in pieces, [N, C] each, whose channels follow one another. ``units`` [P] holds each channel's unit, below
+    ``count`` or -1 for none. In every sample the channels of a unit are added in the order they have there before
+    anything is squared, in float64 and without atomics: the same s gives the same bits. Indices are made once and
+    live on ``device``.
 
     >>> folding = Folding(torch.tensor([0, 1, 0, -1]), 3)
     >>> [sums.tolist() for sums in folding(torch.tensor([[1.0, 2.0, 3.0, 9.0], [1.0, 0.5, -1.0, 9.0]]))]
@@ -22,6 +25,8 @@ class Folding:
 
     def __init__(self, units: Tensor, count: int, device: torch.device | None = None) -> None:
         self.count = count
+        self._of_channels = units.cpu()
+        self._runs: dict[tuple[int, ...], Tensor] = {}  # by the widths of the pieces
         numbers = torch.bincount(units + 1, minlength=count + 1)  # of channels, those of no unit first
         starts = numbers.cumsum(0)[:-1]
         numbers = numbers[1:]
@@ -32,8 +37,20 @@ class Folding:
         self._columns = [by_unit[starts[those] + i].to(device) for i, those in enumerate(rounds)]
         self._units = (rounds[0] if rounds else order[:0]).to(device)
 
-    def __call__(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *pieces: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_n s[n, u] and Σ_n s[n, u]², [count] each in float64; 0 for a unit without a channel here."""
+        if native.folds(pieces):
+            sums, squares = native.fold(pieces, self._runs_in(pieces), self.count)
+            return sums, squares
+        return self._by_torch(torch.cat(pieces, dim=1))
+
+    def _runs_in(self, pieces: tuple[Tensor, ...]) -> Tensor:
+        widths = tuple(piece.shape[1] for piece in pieces)
+        if widths not in self._runs:
+            self._runs[widths] = runs(self._of_channels, widths)
+        return self._runs[widths]
+
+    def _by_torch(self, s: Tensor) -> tuple[Tensor, Tensor]:
         width = max(1, BLOCK // max(1, len(s)))
         ends = [*range(0, len(self._units), width), len(self._units)]
         blocks = [self._block(s, start, end) for start, end in pairwise(ends)]
@@ -49,3 +66,22 @@ class Folding:
         for columns in more:
             rows[:, : len(columns)] += s.index_select(1, columns)
         return torch.stack([rows.sum(0), rows.square_().sum(0)])
+
+
+def runs(units: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Runs of channels with consecutive units: rows of piece, first channel in it, first unit and length (int64).
+
+    ``units`` [P] holds the channels' units, -1 for none; ``widths`` are the channels of each piece, P together.
+
+    >>> runs(torch.tensor([4, 5, 6, -1, 0, 1]), (2, 4)).tolist()
+    [[0, 0, 4, 2], [1, 0, 6, 1], [1, 2, 0, 2]]
+    """
+    sizes = torch.tensor(widths, dtype=torch.int64)
+    piece = torch.repeat_interleave(torch.arange(len(widths)), sizes)
+    channel = torch.arange(len(units)) - (sizes.cumsum(0) - sizes)[piece]
+    begins = torch.ones(len(units), dtype=torch.bool)
+    begins[1:] = (units[1:] != units[:-1] + 1) | (piece[1:] != piece[:-1]) | (units[:-1] < 0)
+    first = begins.nonzero().flatten()
+    length = torch.diff(first, append=torch.tensor([len(units)]))
+    found = torch.stack([piece[first], channel[first], units[first], length], dim=1)
+    return found[units[first] >= 0].contiguous()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, direct
 from .autograd import BatchNormAct, ChannelGate, FusedBatchNormAct, InplaceError, attach
 from .gates import Gate
 from .ops import accumulator
@@ -160,8 +160,8 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     left alone, for their forward may differ. Returns ``model``.
 
     With ``fuse`` every batch normalisation that an activation follows (ReLU, ReLU6, LeakyReLU, SiLU, Hardswish), with
-    or without an addition in between (before ReLU, and in-place ReLU6 and LeakyReLU), runs as one operation with it
-    where gradients are recorded; a model converted before is fused too. It computes the same up to rounding, and warns
+    or without an addition in between (before ReLU, ReLU6 and LeakyReLU), runs as one operation with it where gradients
+    are recorded; a model converted before is fused too. It computes the same up to rounding, and warns
     where code could not be read (see ``taylorkern.fusion``). Backward runs once only: no
     ``create_graph`` through a fused operation.
 
@@ -257,32 +257,38 @@ class Promise(Protocol):
     def settle(self) -> None: ...
 
 
-_promises: WeakValueDictionary[tuple[int, int], Promise] = WeakValueDictionary()
+_promises: dict[tuple[int, int], ref[Promise]] = {}  # by layer and thread; dead ones are replaced by the next
 
 
 def promised(layer: nn.Module, promise: Promise) -> None:
     """Have ``promise`` kept before ``layer`` runs again, so that its running statistics see its inputs in order."""
-    _promises[id(layer), threading.get_ident()] = promise
+    _promises[id(layer), threading.get_ident()] = ref(promise)
 
 
 def settle(layer: nn.Module) -> None:
     """Run ``layer`` for the promise of its output that is still open, if there is one."""
     promise = _promises.pop((id(layer), threading.get_ident()), None)
-    if promise is not None:
-        promise.settle()
+    if promise is not None and (kept := promise()) is not None:
+        kept.settle()
 
 
 def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Tensor) -> Tensor:
     """Torch's own forward, bit for bit, running statistics included; the backward is ours and fills the gate."""
-    use_batch, running = _mode(layer, x)
+    layer._check_input_dim(x)
     z, e = gate.leaf(x.shape[0], x.shape[1], x), gate.elements(x.shape, x)
+    y = direct.gated(layer, x, z) if e is None and not torch.compiler.is_compiling() else None
+    return _gated_in_python(layer, x, z, e) if y is None else y
+
+
+def _gated_in_python(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, z: Tensor, e: Tensor | None) -> Tensor:
+    use_batch, running = _mode(layer, x)
     with torch.no_grad():
         y, *saved = torch.native_batch_norm(
             x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
         )
         mean, var, eps = _batch_statistics(saved, x) if use_batch else (*_copied(running, x), layer.eps)
     settings = (use_batch, eps, "none", 0.0)
-    return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, *settings)
+    return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, None, *settings)
 
 
 def fused_batch_norm(
@@ -294,11 +300,18 @@ def fused_batch_norm(
     slope: float = 0.0,
 ) -> Tensor:
     """act(layer(x) + residual) [N, C, *S] as one operation; running statistics as torch's, the gate on layer(x)."""
-    use_batch, running = _mode(layer, x)
     z = gate.leaf(x.shape[0], x.shape[1], x) if gate is not None and gate.wanted() else None
+    y = direct.fused(layer, x, residual, z, activation, slope)
+    return _fused_in_python(layer, x, residual, z, activation, slope) if y is None else y
+
+
+def _fused_in_python(
+    layer: nn.modules.batchnorm._BatchNorm, x: Tensor, residual: Tensor | None, z: Tensor | None, *activation: Any
+) -> Tensor:
+    use_batch, running = _mode(layer, x)
     momentum, count = _momentum(layer), x.numel() // x.shape[1]
     follow = partial(_follow, running, count, momentum) if use_batch else _stay
-    settings = (use_batch, layer.eps, activation, slope)
+    settings = (use_batch, layer.eps, *activation)
     return attach(FusedBatchNormAct, x, residual, layer.weight, layer.bias, z, follow, *running, *settings)
 
 
@@ -307,7 +320,6 @@ Running = tuple[Tensor | None, Tensor | None]
 
 def _mode(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> tuple[bool, Running]:
     """Whether the batch's statistics are used, and the running ones to use or to update; refuses what torch does."""
-    layer._check_input_dim(x)
     use_batch = layer.training or layer.running_mean is None
     if use_batch and x.numel() <= x.shape[1]:
         raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")

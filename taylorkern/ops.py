@@ -20,11 +20,11 @@ library = torch.library.Library("taylorkern", "DEF")
 library.define("channel_scores(Tensor a, Tensor g) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-    "Tensor? running_var, bool training, float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
+    "Tensor? running_var, bool training, float eps, str activation, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
     "bool training, float eps, str activation, float slope, bool residual_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -72,19 +72,22 @@ def batch_norm_act(
     eps: float,
     activation: str = "none",
     slope: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = act((x - mean) / sqrt(var + eps) · weight + bias + residual), normalised per channel.
 
     ``x`` and ``residual`` are [N, C, *S]; ``weight``, ``bias`` and the running statistics are [C], of any float
     dtype. In training, ``mean`` and ``var`` are the batch's, over N and S, ``var`` biased; otherwise they are the
     running ones. ``activation`` is one of ``ACTIVATIONS``; "leaky_relu" has ``slope`` below 0. Returns y (dtype and
-    layout of x) and mean, var ([C], accumulator's dtype). The running statistics are not updated here.
+    layout of x), mean, var ([C], accumulator's dtype) and the mask that backward needs with a residual and a maskable
+    activation other than "none": bool, in the shape and layout of x, true where act' is 1; else it is empty, [0].
+    The running statistics are not updated here.
 
     Raises ValueError for an unknown activation, or where running statistics are needed and missing.
 
-    >>> y, mean, var = batch_norm_act(torch.tensor([[1.0], [3.0]]), None, None, None, None, None, True, 0.0, "relu")
-    >>> y.tolist(), mean.item(), var.item()
-    ([[0.0], [1.0]], 2.0, 1.0)
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> y, mean, var, mask = batch_norm_act(x, 0 * x, None, None, None, None, True, 0.0, "relu")
+    >>> y.tolist(), mean.item(), var.item(), mask.tolist()
+    ([[0.0], [1.0]], 2.0, 1.0, [[False], [True]])
     """
     _check_activation(activation)
     if not training and (running_mean is None or running_var is None):
@@ -97,7 +100,7 @@ def batch_norm_act(
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -117,12 +120,12 @@ def batch_norm_act_backward(
         dx = weight / sqrt(var + eps) · (dz - (dbias + x̂·dweight) / M)      in training, M = N·|S|
         dx = weight / sqrt(var + eps) · dz                                  otherwise
 
-    ``y`` is the forward's output, at which act' is taken with a residual; without one it may be None, and z is computed
-    from x. "silu", "hardswish" and "leaky_relu" with a slope below 0 can't be told from y, so they take None only.
+    ``mask`` is the forward's, or None: then z is computed from x, which is right only if there was no residual. The
+    gradients of "silu" and "hardswish" can't be told from a mask, so they take None only.
     Returns dx (like x), dresidual (dz if ``residual_grad``, else an empty tensor), dweight and dbias ([C], acc)
     and s ([N, C], acc).
 
-    Raises ValueError for an unknown activation, or a ``y`` that this one can't use.
+    Raises ValueError for an unknown activation, or a ``mask`` that this one can't use.
 
     >>> x, dy = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]])
     >>> one = torch.ones(1)
@@ -131,21 +134,28 @@ def batch_norm_act_backward(
             [4.]])
     """
     _check_activation(activation)
-    if y is not None and not reads_output(activation, slope):
-        raise ValueError(f"the gradient of {activation} with slope {slope} can't be told from y: pass None")
+    if mask is not None and not maskable(activation):
+        raise ValueError(f"the gradient of {activation} can't be told from a mask: pass None, without a residual")
     return _called(
         "batch_norm_act_backward",
-        dy, x, y, weight, bias, mean, var, training, eps, activation, slope, residual_grad,
+        dy, x, mask, weight, bias, mean, var, training, eps, activation, slope, residual_grad,
     )  # fmt: skip
 
 
-def reads_output(activation: str, slope: float) -> bool:
-    """Whether the activation's gradient can be told from its output, so that it may stand behind an addition.
+def maskable(activation: str) -> bool:
+    """Whether the activation is made of two straight lines, or one, so that a mask tells its gradient.
 
-    >>> reads_output("relu6", 0.0), reads_output("silu", 0.0), reads_output("leaky_relu", -0.1)
-    (True, False, False)
+    Such a one may stand behind an addition.
+
+    >>> maskable("relu6"), maskable("silu")
+    (True, False)
     """
-    return activation in ("none", "relu", "relu6") or (activation == "leaky_relu" and slope >= 0)
+    return activation in ("none", "relu", "relu6", "leaky_relu")
+
+
+def masked(residual: Tensor | None, activation: str) -> bool:
+    """Whether :func:`batch_norm_act` makes a mask: only where its backward can't compute act' from x."""
+    return residual is not None and activation != "none" and maskable(activation)
 
 
 def followed() -> bool:
@@ -187,8 +197,11 @@ def _(a: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("taylorkern::batch_norm_act", lib=library)
-def _(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _per_channel(x), _per_channel(x)
+def _(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *_, activation, _slope = rest
+    wanted = masked(residual, activation)
+    mask = torch.empty_like(x, dtype=torch.bool) if wanted else x.new_empty(0, dtype=torch.bool)
+    return torch.empty_like(x), _per_channel(x), _per_channel(x), mask
 
 
 @torch.library.register_fake("taylorkern::batch_norm_act_backward", lib=library)

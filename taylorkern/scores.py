@@ -282,11 +282,12 @@ class Scores:
         if not arrived:
             return
         minibatch = self._minibatch(arrived)
-        device = minibatch["gate_squared"].device
+        values = torch.stack(list(minibatch.values()))  # [statistics, U]
+        device = values.device
         # Nought times anything is nought, but for what is not finite: half a pass, where isfinite() takes four.
-        finite = torch.stack([(value * 0).sum() for value in minibatch.values()]).sum() == 0
-        for name, value in minibatch.items():
-            self._sums[name] = self._sums[name].to(device) + torch.where(finite, value, 0.0)
+        finite = (values * 0).sum() == 0
+        for name, value in zip(minibatch, torch.where(finite, values, 0.0), strict=True):
+            self._sums[name] = self._sums[name].to(device) + value
         self._count = self._count.to(device) + finite
         self._curved = self._curved.to(device) + finite * (self._h is not None)
         self._h = None
@@ -333,8 +334,8 @@ class Scores:
         """G = Σ_n s[n, u] and mean_n s̃² with s̃ = N·s, [U] each; s[n, u] is the sum over the unit's places."""
         gate = fisher = torch.zeros((), dtype=torch.float64)  # goes with every device
         for samples, pieces in _by_samples(arrived).items():
-            s = torch.cat([scores for _, scores in pieces], dim=1)  # [N, sum of C]
-            sums, squares = self._folding(tuple(layer for layer, _ in pieces), s.device)(s)
+            scores = [s for _, s in pieces]  # [N, C] each
+            sums, squares = self._folding(tuple(layer for layer, _ in pieces), scores[0].device)(*scores)
             gate, fisher = gate + sums, fisher + samples * squares
         return gate, fisher
 

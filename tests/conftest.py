@@ -1,4 +1,4 @@
-"""Test session set-up: torchvision beside a CPU build of torch, and a report of the backends that ran."""
+"""Test session set-up: torchvision beside a CPU build of torch, and a report of the backends that ran, and how."""
 
 from collections import Counter
 from contextlib import suppress
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.zoo import torchvision
-from taylorkern import backends
+from taylorkern import backends, direct
 
 # Beside a CPU build of torch, torchvision's plain import works only after this one.
 with suppress(ImportError):
@@ -20,8 +20,9 @@ _calls: Counter[str] = Counter()
 def _counted(name: str, function):
     @wraps(function)
     def call(*args, **kwargs):
-        _calls[name] += 1
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        _calls[name] += result is not None
+        return result
 
     return call
 
@@ -34,6 +35,11 @@ def pytest_sessionstart():
                 if not hasattr(function, "__wrapped__"):
                     short = backend.__name__.rpartition(".")[2]
                     setattr(backend, operation, _counted(f"{operation} by {short}", function))
+    for name in ("fused", "gated"):
+        if not hasattr(getattr(direct, name), "__wrapped__"):
+            setattr(
+                direct, name, _counted(f"{name} batch normalisation in C++, its backward too", getattr(direct, name))
+            )
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,8 +1,10 @@
-"""What the tests of fusion share: networks, a plain and a fused twin, and a count of what ran fused."""
+"""What the tests of fusion share: networks, a plain and a fused twin, who calls the kernels, and what ran fused."""
 
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import taylorkern as tk
 from bench.zoo import torchvision
-from taylorkern import backends, deferred
+from taylorkern import backends, deferred, direct
 from tests.cases import distance, normal
 from tests.networks import randomised, residual
 
@@ -19,7 +21,40 @@ needs_kernels = pytest.mark.skipif(
     backends.provider("batch_norm_act", torch.zeros(2, 2)) is backends.reference, reason="no kernels here"
 )
 
+CALLERS = ("C++", "Python")
 X = normal((2, 3, 5, 5), 1)
+
+
+@contextmanager
+def called_from(caller: str) -> Iterator[Counter]:
+    """Has C++ call the kernels, or Python; gives how often "fused" and "gated" ran in C++."""
+    counts: Counter = Counter()
+
+    def counted(name, function):
+        def call(*arguments):
+            y = function(*arguments)
+            counts[name] += y is not None
+            return y
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        if caller == "Python":
+            patch.setattr(direct, "library", lambda: None)
+        for name in ("fused", "gated"):
+            patch.setattr(direct, name, counted(name, getattr(direct, name)))
+        yield counts
+
+
+@pytest.fixture(params=CALLERS)
+def caller(request):
+    """A test under each of them; both have to say the same."""
+    backends.provider("batch_norm_act", X)  # loads the libraries
+    if request.param == "C++" and direct.library() is None:
+        pytest.skip("there is no library of autograd functions here")
+    with called_from(request.param) as counts:
+        yield request.param
+    assert request.param == "C++" or not counts.total()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def test_a_build_that_is_wrong_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(building, "CHECK", "print(0.0)")
     monkeypatch.setattr(building, "WAYS", dict.fromkeys(building.WAYS, lambda: None))
     rows = building.measured(3)
-    assert [row["to"] for row in rows] == ["import torch", "empty pybind11 module"]
+    assert [row["to"] for row in rows] == [*building.WAYS][1:]
     assert all(row["checked"] == {"float64": 0.0} and building.line(row) for row in rows)
 
 

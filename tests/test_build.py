@@ -11,9 +11,10 @@ from pathlib import Path
 import filelock
 import pytest
 
-from taylorkern.backends import build, toolchain
+from taylorkern.backends import build, native, recipe, toolchain
+from taylorkern.backends.recipe import AUTOGRAD, KERNELS, PARTS
 
-# The first use of the kernels in a fresh process: what served, what was warned, and a right answer
+# The first use of the kernels in a fresh process: what served, what was warned, and right answers of both libraries
 FIRST_USE = """
 import json, sys, warnings
 import torch
@@ -25,12 +26,19 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(3):
         s = taylorkern.ops.channel_scores(torch.ones(2, 3, 4), torch.full((2, 3, 4), 0.5))
     assert torch.equal(s, torch.full((2, 3), 2.0)), s
+    layer, x = taylorkern.convert(torch.nn.BatchNorm1d(3)), torch.tensor([[1.0] * 3, [3.0] * 3])
+    scores = taylorkern.Scores(layer, None)
+    layer(x).backward(x)
+    (s,) = layer.gate.drain()
+    assert torch.allclose(s, torch.tensor([[-1.0] * 3, [3.0] * 3]), atol=1e-4), s
 texts = [str(w.message) for w in caught if "taylorkern" in str(w.message)]
 status = native.status()
-print(json.dumps({"usable": status.usable, "before": before, "reason": status.reason, "warnings": texts}))
+print(json.dumps({"usable": status.usable, "before": before, "reason": status.reason, "warnings": texts,
+                  "caller": status.detail.get("called from")}))
 """
 
-# A compiler that logs every object it is asked for, and makes each one only once for all tests
+# A compiler that logs every object it is asked for, and makes each one only once for all tests; but it fails at the
+# file FAILING, and comes to no end at ENDLESS.
 COMPILER = """#!/bin/sh
 source= object= previous=
 for argument; do
@@ -40,6 +48,10 @@ for argument; do
 done
 [ -n "$source" ] || exec g++ "$@"
 echo "$source" >> "$LOG"
+case "$source" in
+  */"$FAILING") echo "error: no such header"; exit 1 ;;
+  */"$ENDLESS") sleep 99 ;;
+esac
 if [ -n "$DAWDLE" ]; then sleep "$DAWDLE"; fi
 kept=$OBJECTS/$(basename "$source").o
 [ -e "$kept" ] || { g++ "$@" && mv "$object" "$kept"; } || exit 1
@@ -105,9 +117,15 @@ def cache(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "a cache"))
 
 
-def library(cache: Path) -> Path:
-    (path,) = cache.glob("*/taylorkern-*.so")
+def library(cache: Path, part: recipe.Part = KERNELS) -> Path:
+    (folder,) = (path.parent for path in cache.glob("*/build.json"))
+    (path,) = part.libraries(folder)
     return path
+
+
+def units() -> list[str]:
+    """Every file that is compiled by itself, once."""
+    return sorted(str(unit) for part in PARTS for unit in part.units())
 
 
 def test_eight_processes_compile_once(built, compiler, tmp_path):
@@ -115,7 +133,8 @@ def test_eight_processes_compile_once(built, compiler, tmp_path):
     processes = [start(tmp_path / "cache", DAWDLE="2") for _ in range(8)]
     results = [finish(process) for process in processes]
     assert all(result["usable"] and not result["warnings"] for result in results)
-    assert sorted(compiler.read_text().split("\n")) == sorted(["", *map(str, toolchain.units(toolchain.sources()))])
+    assert all(result["caller"] == "C++" for result in results)
+    assert sorted(compiler.read_text().split()) == units()
     assert sum("compiling" in result["stderr"] for result in results) == 1
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
@@ -126,6 +145,7 @@ def test_second_start_loads_in_silence(built):
     assert result["before"] == "built, not loaded yet (cache)"
     assert "loaded from the cache" in result["reason"]
     assert "taylorkern" not in result["stderr"]
+    assert result["caller"] == "C++"
 
 
 def test_lock_file_of_a_dead_process_does_not_block(cache):
@@ -156,25 +176,71 @@ def test_living_lock_holder_is_waited_for_and_then_reported(cache, monkeypatch, 
     assert "waiting for another process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "description"])
-def test_damaged_cache_is_compiled_anew(cache, damage, monkeypatch):
-    sound = library(cache)
-    content = sound.read_bytes()
-    victim = sound.parent / "build.json" if damage == "description" else sound
-    bad = {
-        "truncated": content[: len(content) // 2],
-        "garbage": content[::-1],
-        "empty": b"",
-        "description": b"{",
-    }
-    victim.write_bytes(bad[damage])
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "garbage": lambda content: content[::-1],
+    "empty": lambda content: b"",
+    "gone": None,
+}
+
+
+def assert_compiled_anew(cache, contents, monkeypatch):
+    """Nothing in ``cache`` serves; a build that gives ``contents`` puts them there, and nothing else."""
     wanted = build.Wanted.here()
     assert wanted.find(cache) is None
     compiled = []
-    monkeypatch.setattr(build, "_compile", lambda *a: compiled.append((a[-1] / "taylorkern.so").write_bytes(content)))
-    assert build.build_ahead(cache).read_bytes() == content
-    assert len(compiled) == 1
-    assert wanted.find(cache) == library(cache)
+
+    def compile_(tools, key, work):
+        compiled.append(key)
+        for part, content in contents.items():
+            (work / f"{part.name}.so").write_bytes(content)
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    assert build.build_ahead(cache) == library(cache) == wanted.find(cache)
+    assert compiled == [library(cache).parent.name]
+    assert all(library(cache, part).read_bytes() == content for part, content in contents.items())
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_compiled_anew(cache, damage, part, monkeypatch):
+    contents = {part: library(cache, part).read_bytes() for part in PARTS}
+    victim = library(cache, part)
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(DAMAGES[damage](contents[part]))
+    assert_compiled_anew(cache, contents, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", "null", '{"facts": null, "libraries": []}', '{"facts": {}}', '"libraries"']
+)
+def test_a_build_with_another_description_is_compiled_anew(cache, text, monkeypatch):
+    contents = {part: library(cache, part).read_bytes() for part in PARTS}
+    (library(cache).parent / "build.json").write_text(text)
+    assert_compiled_anew(cache, contents, monkeypatch)
+
+
+def test_kernels_serve_where_the_library_that_calls_them_can_not_be_compiled(built, tmp_path):
+    first, second = (first_use(tmp_path / "cache", FAILING="autograd.cpp") for _ in range(2))
+    (warning,) = first["warnings"]
+    assert "Python calls them" in warning
+    assert f"Remove {library(tmp_path / 'cache').parent} to have" in warning
+    assert "no such header" in warning
+    assert "reference serves" not in warning
+    assert "compiled in" in first["stderr"]
+    for result in (first, second):
+        assert result["usable"] and result["caller"] == "Python"
+    assert not second["warnings"]
+    assert "compiling" not in second["stderr"]
+    assert json.loads((library(tmp_path / "cache").parent / "build.json").read_text())["libraries"] == [KERNELS.name]
+
+
+def test_the_first_error_is_what_is_told():
+    said = build._first_failure("\n".join(["[1/9] c++ a", "FAILED: b.o", "b.cpp:1: error", *["[2/9] c++ c"] * 40]))
+    assert said == "FAILED: b.o\nb.cpp:1: error"
+    assert build._first_failure("ninja: error: no such file") == "ninja: error: no such file"
 
 
 def test_cache_that_cannot_be_written_is_replaced_by_a_private_build(built, tmp_path):
@@ -250,6 +316,15 @@ def test_hanging_compiler_is_ended(tmp_path, monkeypatch):
     assert not Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
+def test_a_library_that_takes_too_long_is_done_without(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENDLESS", "autograd.cpp")
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT", 10.0)
+    with pytest.warns(RuntimeWarning, match="didn't finish"):
+        path = build.build_ahead(tmp_path / "cache")
+    assert path == library(tmp_path / "cache")
+    assert not AUTOGRAD.libraries(path.parent)
+
+
 def test_killed_build_leaves_nothing_that_is_loaded(built, compiler, tmp_path):
     compiler.unlink()
     cache = tmp_path / "cache"
@@ -274,21 +349,45 @@ def test_prebuilt_library_in_the_package_comes_first(built, tmp_path, monkeypatc
     assert loaded.origin == "package"
     assert loaded.path == library(built)
     assert loaded.module.register_bytes in (32, 64)
+    assert callable(loaded.autograd.fused)
 
 
-def test_library_in_a_folder_that_refuses_programs_is_loaded_from_another(built, monkeypatch):
+def test_libraries_in_a_folder_that_refuses_programs_are_loaded_from_another(built, monkeypatch, recwarn):
     path = library(built)
-    real = build._import
+    real, refused = build._import, []
 
     def refuse(original, copy):
-        if copy == path:
+        if copy.parent == path.parent:
+            refused.append(copy)
             raise ImportError("failed to map segment from shared object")
         return real(original, copy)
 
     monkeypatch.setattr(build, "_import", refuse)
     loaded = build._load(path, "cache")
+    assert refused == [library(built, part) for part in PARTS]
     assert loaded.origin == "private"
     assert loaded.module.max_threads() >= 1
+    assert callable(loaded.autograd.fused)
+    assert not recwarn.list
+
+
+def test_kernels_serve_where_the_library_that_calls_them_can_not_be_loaded(built, monkeypatch):
+    real = build._import
+
+    def refuse(name, path):
+        if path.name.startswith(AUTOGRAD.name):
+            raise ImportError("undefined symbol")
+        return real(name, path)
+
+    monkeypatch.setattr(build, "_import", refuse)
+    with pytest.warns(RuntimeWarning, match="Python calls the kernels.*undefined symbol.*remove it"):
+        loaded = build._load(library(built), "cache")
+    assert loaded.autograd is None
+    assert loaded.origin == "cache"
+    assert loaded.module.max_threads() >= 1
+    monkeypatch.setattr(native, "_outcome", loaded)
+    assert native.status().detail["called from"] == "Python"
+    assert native.autograd() is None
 
 
 @pytest.mark.parametrize("fact", ["taylorkern", "sources", "torch", "cuda", "python", "pybind11", "isa", "flags"])
@@ -296,6 +395,24 @@ def test_key_depends_on_every_fact(fact):
     facts, tools = toolchain.host_facts(), toolchain.find_toolchain()
     assert toolchain.key(facts, tools) == toolchain.key(dict(facts), tools)
     assert toolchain.key(facts | {fact: "another"}, tools) != toolchain.key(facts, tools)
+
+
+@pytest.mark.parametrize("flags", ["FLAGS", "AUTOGRAD_FLAGS"])
+def test_key_depends_on_the_flags_of_both_libraries(flags, monkeypatch):
+    tools, before = toolchain.find_toolchain(), toolchain.host_facts()
+    monkeypatch.setattr(toolchain, flags, [*getattr(toolchain, flags), "-DANOTHER"])
+    assert toolchain.key(toolchain.host_facts(), tools) != toolchain.key(before, tools)
+
+
+def test_every_unit_is_compiled_with_the_flags_of_its_library():
+    text = recipe.ninja_file(toolchain.find_toolchain(), "key")
+    for part, flags in ((KERNELS, toolchain.FLAGS), (AUTOGRAD, toolchain.AUTOGRAD_FLAGS)):
+        (rule,) = (line for line in text.splitlines() if f"-DTAYLORKERN_MODULE=_{part.name}_key " in line)
+        assert {*flags} <= {*rule.split()}
+        assert text.count(f": compile_{part.name} ") == len(part.units())
+    assert {unit.name for unit in AUTOGRAD.units()} == {"autograd.cpp"}
+    sources = {path for path in toolchain.sources().rglob("*.cpp")}
+    assert {unit for part in PARTS for unit in part.units()} == sources
 
 
 def test_key_depends_on_the_compiler():

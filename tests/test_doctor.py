@@ -45,6 +45,14 @@ def test_without_a_compiler(empty_cache, monkeypatch):
     assert "no-such-compiler" in doctor.tell(facts)
 
 
+def test_kernels_that_are_loaded_are_called_from_somewhere():
+    if backends.provider("channel_scores", torch.ones(1, 1)) is not backends.native:
+        pytest.skip("no kernels here")
+    caller = "C++" if backends.native.autograd() else "Python"
+    why = doctor.examine()["operations"]["batch_norm_act"]["cpu"]["float32"]["why"]
+    assert f"called from {caller}" in why and why in doctor.tell(doctor.examine())
+
+
 def test_json_on_stdout_and_in_a_file(capsys, tmp_path):
     assert cli.main(["doctor", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -5,8 +5,20 @@ import doctest
 import pytest
 import torch
 
-from taylorkern import folding
+from taylorkern import backends, folding
+from taylorkern.backends import native
 from taylorkern.folding import Folding
+
+
+@pytest.fixture(params=["kernel", "torch"], autouse=True)
+def by(request, monkeypatch):
+    """Who folds."""
+    usable = backends.provider("channel_scores", torch.zeros(2, 2)) is native
+    if request.param == "torch":
+        monkeypatch.setattr(native, "folds", lambda pieces: False)
+    elif not usable:
+        pytest.skip("no kernels here")
+    return request.param
 
 
 def by_hand(s, units, count):
@@ -41,6 +53,33 @@ def test_sums_are_those_of_a_loop_over_places(name, samples, block, monkeypatch)
     s = whole_numbers(samples, len(units))
     for got, want in zip(Folding(units, count)(s), by_hand(s, units, count), strict=True):
         assert got.dtype == torch.float64 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("widths", [(10,), (3, 7), (1,) * 10, (0, 4, 0, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_follow_one_another(widths, dtype):
+    units = torch.tensor([2, 3, 4, 5, 1, 2, -1, 0, 1, 5])
+    s = whole_numbers(3, 10).to(dtype)
+    pieces = [piece.contiguous() for piece in s.split(widths, dim=1)]
+    for got, want in zip(Folding(units, 7)(*pieces), by_hand(s, units, 7), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_pieces_of_several_kinds_are_folded_too():
+    units = torch.tensor([0, 1, 0, 1])
+    s = whole_numbers(5, 4)
+    for pieces in ([s[:, :2].double(), s[:, 2:].contiguous()], [s[:, :2], s[:, 2:]]):
+        for got, want in zip(Folding(units, 2)(*pieces), by_hand(s, units, 2), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_kernel_refuses_runs_that_reach_outside(by):
+    if by == "torch":
+        pytest.skip("torch's own indexing refuses by itself")
+    s = torch.zeros(2, 3)
+    for run in ([0, 1, 0, 3], [0, 0, 3, 2], [1, 0, 0, 1], [0, -1, 0, 1], [0, 0, -1, 1], [0, 0, 0, -1]):
+        with pytest.raises(ValueError, match="reaches outside"):
+            native.fold([s], torch.tensor([run]), 4)
 
 
 def test_places_are_added_before_the_square_and_in_float64():

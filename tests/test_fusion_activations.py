@@ -11,21 +11,22 @@ import taylorkern as tk
 from taylorkern import deferred
 from tests.cases import LAYOUTS, distance, in_layout, normal
 from tests.fused import build, needs_kernels, pair, same, sequential, spelled
+from tests.fused import caller as caller
 from tests.fused import ran as ran
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("caller")]
 
 # What is written, the operation that runs, its slope, and whether it can stand behind an addition.
 MODULES = {
     "ReLU": (nn.ReLU(), "relu", 0.0, True),
     "ReLU in place": (nn.ReLU(inplace=True), "relu", 0.0, True),
-    "ReLU6": (nn.ReLU6(), "relu6", 0.0, False),
+    "ReLU6": (nn.ReLU6(), "relu6", 0.0, True),
     "ReLU6 in place": (nn.ReLU6(inplace=True), "relu6", 0.0, True),
-    "LeakyReLU": (nn.LeakyReLU(), "leaky_relu", 0.01, False),
+    "LeakyReLU": (nn.LeakyReLU(), "leaky_relu", 0.01, True),
     "LeakyReLU in place": (nn.LeakyReLU(0.3, inplace=True), "leaky_relu", 0.3, True),
     "LeakyReLU of 0": (nn.LeakyReLU(0, inplace=True), "leaky_relu", 0.0, True),
     "LeakyReLU above 1": (nn.LeakyReLU(1.5, inplace=True), "leaky_relu", 1.5, True),
-    "LeakyReLU below 0": (nn.LeakyReLU(-0.2), "leaky_relu", -0.2, False),
+    "LeakyReLU below 0": (nn.LeakyReLU(-0.2), "leaky_relu", -0.2, True),
     "SiLU": (nn.SiLU(), "silu", 0.0, False),
     "SiLU in place": (nn.SiLU(inplace=True), "silu", 0.0, False),
     "Hardswish": (nn.Hardswish(), "hardswish", 0.0, False),
@@ -187,13 +188,13 @@ FUNCTIONALS = [
     (relu6_in_place, [("relu6", 0.0, False)]),
     (leaky_relu, [("leaky_relu", 0.01, False)]),
     (leaky_relu_of_a_sum, [("leaky_relu", 0.01, True)]),
-    (overwritten_afterwards, []),
+    (overwritten_afterwards, [("relu6", 0.0, True), ("leaky_relu", 0.01, True)]),
     (leaky_relu_of_a_position, [("leaky_relu", 0.3, False)]),
     (leaky_relu_of_a_name, [("leaky_relu", 0.3, False)]),
     (leaky_relu_of_an_attribute, [("leaky_relu", 0.5, False)]),
     (leaky_relu_in_place, [("leaky_relu", 0.3, False)]),
     (leaky_relu_below_zero, [("leaky_relu", -0.2, False)]),
-    (leaky_relu_below_zero_of_a_sum, []),
+    (leaky_relu_below_zero_of_a_sum, [("leaky_relu", -0.2, True)]),
     (silu, [("silu", 0.0, False)]),
     (silu_in_place, [("silu", 0.0, False)]),
     (silu_of_a_sum, []),

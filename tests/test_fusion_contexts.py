@@ -13,10 +13,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import taylorkern as tk
 from tests.cases import distance, normal
 from tests.fused import Bottleneck, needs_kernels, pair, state, step
+from tests.fused import caller as caller
 from tests.fused import ran as ran
 from tests.networks import randomised
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("caller")]
 
 
 def test_compiled_in_one_graph(ran):

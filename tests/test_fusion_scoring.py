@@ -1,16 +1,18 @@
 """Scoring, coupling, measuring and pruning a fused model: as the unfused one."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import taylorkern as tk
 from tests.cases import distance, normal
+from tests.fused import caller as caller
 from tests.fused import needs_kernels, state, step, trained
 from tests.fused import ran as ran
 from tests.networks import residual
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("caller")]
 
 
 def test_coupling_oracle_and_masks_see_the_plain_network(ran):

@@ -10,9 +10,10 @@ from torch import nn
 import taylorkern as tk
 from tests.cases import distance, normal
 from tests.fused import Plain, Summed, Written, X, needs_kernels, pair, same
+from tests.fused import caller as caller
 from tests.fused import ran as ran
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("caller")]
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])

@@ -9,6 +9,8 @@ from torch import nn
 
 import taylorkern as tk
 from tests.cases import LAYOUTS, distance, in_layout, normal
+from tests.fused import CALLERS
+from tests.fused import caller as caller
 
 # A layer's constructor and an input shape it takes; odd sizes, N=1, C=1, HW=1, grouped, strided, unpadded, 1d to 3d.
 LAYERS = {
@@ -34,6 +36,9 @@ LAYERS = {
     "bn1d over a sequence": (lambda: nn.BatchNorm1d(11), (4, 11, 9)),
     "bn3d": (lambda: nn.BatchNorm3d(5), (2, 5, 3, 4, 2)),
 }
+# Batch normalisations are called from C++ and from Python, the others from Python always.
+CALLED = [(name, caller) for name in LAYERS for caller in CALLERS if "bn" in name or caller == "Python"]
+over_layers = pytest.mark.parametrize(("name", "caller"), CALLED, indirect=["caller"])
 
 
 def build(name):
@@ -80,8 +85,8 @@ def scored(layer, x, dy, after=None):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
-def test_s_is_the_per_sample_gate_gradient(name, training, layout, poisoned):
+@over_layers
+def test_s_is_the_per_sample_gate_gradient(name, caller, training, layout, poisoned):
     layer, shape = build(name)
     layer.train(training)
     x = in_layout(normal(shape, 1), layout)
@@ -93,8 +98,8 @@ def test_s_is_the_per_sample_gate_gradient(name, training, layout, poisoned):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", LAYERS)
-def test_bf16_is_no_worse_than_twice_eager(name, layout):
+@over_layers
+def test_bf16_is_no_worse_than_twice_eager(name, caller, layout):
     layer, shape = build(name)
     layer = layer.bfloat16()
     x = in_layout(normal(shape, 1).bfloat16(), layout)
@@ -119,8 +124,8 @@ def sigmoid_(y):
 
 
 @pytest.mark.parametrize("after", [relu_, add_, sigmoid_])
-@pytest.mark.parametrize("name", LAYERS)
-def test_in_place_operations_behind_the_layer_leave_s_right(name, after):
+@over_layers
+def test_in_place_operations_behind_the_layer_leave_s_right(name, caller, after):
     layer, shape = build(name)
     x = normal(shape, 1)
     with torch.no_grad():
@@ -181,8 +186,8 @@ def test_in_place_on_output_and_input_is_refused():
     assert scores.dropped == 0
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_gradients_and_running_statistics_are_torchs(name):
+@over_layers
+def test_gradients_and_running_statistics_are_torchs(name, caller):
     layer, shape = build(name)
     layer = layer.double()
     x, ours = normal(shape, 1, torch.float64), tk.convert(copy.deepcopy(layer))
@@ -198,7 +203,7 @@ def test_gradients_and_running_statistics_are_torchs(name):
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
-def test_running_statistics_with_any_momentum(momentum):
+def test_running_statistics_with_any_momentum(caller, momentum):
     layer = nn.BatchNorm2d(5, momentum=momentum)
     ours = tk.convert(copy.deepcopy(layer))
     scores = tk.Scores(ours, None)
@@ -210,7 +215,7 @@ def test_running_statistics_with_any_momentum(momentum):
         assert distance(got, want) < 1e-6
 
 
-def test_untracked_statistics_stay_put():
+def test_untracked_statistics_stay_put(caller):
     layer = tk.convert(nn.BatchNorm2d(5))
     layer.track_running_stats = False
     before = [b.clone() for b in layer.buffers()]
@@ -235,8 +240,8 @@ def test_without_a_gate_the_forward_is_torchs_bit_for_bit(name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
-def test_with_a_gate_too(name, training, layout):
+@over_layers
+def test_with_a_gate_too(name, caller, training, layout):
     layer, shape = build(name)
     ours, x = tk.convert(copy.deepcopy(layer)), in_layout(normal(shape, 1), layout)
     scores = tk.Scores(ours, None)
@@ -257,7 +262,7 @@ def test_unbatched_inputs_are_a_batch_of_one():
         assert torch.allclose(scored(layer, x, dy), batched, rtol=1e-5)
 
 
-def test_one_value_per_channel_is_refused_as_torch_does():
+def test_one_value_per_channel_is_refused_as_torch_does(caller):
     layer = tk.convert(nn.BatchNorm2d(3))
     scores = tk.Scores(layer, None)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -273,7 +278,7 @@ def test_one_value_per_channel_is_refused_as_torch_does():
     [[nn.BatchNorm2d(3)], [nn.BatchNorm2d(3), nn.ReLU()], [nn.BatchNorm2d(3), nn.SiLU()], [nn.Conv2d(3, 4, 1)]],
     ids=["bn", "bn and relu", "bn and silu", "conv"],
 )
-def test_double_backward_is_refused(layers, outcome):
+def test_double_backward_is_refused(caller, layers, outcome):
     model = tk.convert(nn.Sequential(*copy.deepcopy(layers)), fuse=len(layers) > 1)
     scores = tk.Scores(model, None)
     x = normal((2, 3, 4, 4), 1).requires_grad_()

@@ -18,7 +18,7 @@ ELEMENTS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}  # 
 EPS, SLOPE = 1e-5, 0.1
 # activation, residual
 FORMS = [(activation, False) for activation in ops.ACTIVATIONS]
-FORMS += [(activation, True) for activation in ops.ACTIVATIONS if ops.reads_output(activation, SLOPE)]
+FORMS += [(activation, True) for activation in ops.ACTIVATIONS if ops.maskable(activation)]
 EXACT = ("none", "relu", "relu6")  # dz is dy or 0
 
 MORE_SHAPES = [(1, 2, 300, 301), (70, 33, 5), (3, 257, 9, 9), (1, 1, 70001), (300, 40), (1, 65, 40, 3)]
@@ -46,7 +46,7 @@ def batch_norm_inputs(shape, dtype, layout):
 
 
 def wide(t):
-    return t.double() if isinstance(t, torch.Tensor) else t
+    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
 
 
 def two_pass(x):
@@ -73,11 +73,11 @@ def forward(backend, of, training, activation, residual, cast=lambda t: t):
     return backend.batch_norm_act(*map(cast, arguments))
 
 
-def backward(backend, of, y, mean, var, training, activation, residual, cast=lambda t: t):
+def backward(backend, of, mask, mean, var, training, activation, residual, cast=lambda t: t):
     arguments = (
         of["dy"],
         of["x"],
-        y,
+        mask,
         of["weight"],
         of["bias"],
         mean,
@@ -111,8 +111,8 @@ def test_channel_scores_agree_with_float64(shape, dtype, layout):
 def test_batch_norm_agrees_with_float64(shape, dtype, layout):
     of = batch_norm_inputs(shape, dtype, layout)
     for training, (activation, residual) in itertools.product((True, False), FORMS):
-        y, mean, var = forward(native, of, training, activation, residual)
-        expected = forward(reference, of, training, activation, residual, cast=wide)
+        y, mean, var, mask = forward(native, of, training, activation, residual)
+        *expected, passes = forward(reference, of, training, activation, residual, cast=wide)
         assert y.dtype == dtype
         assert y.stride() == torch.empty_like(of["x"]).stride()
         # x*scale + (bias - mean*scale) as torch rounds it: as exact as the size of its terms
@@ -120,6 +120,10 @@ def test_batch_norm_agrees_with_float64(shape, dtype, layout):
         terms = (of["x"].abs().double().amax() + expected[1].abs()) * scale + of["bias"].abs()
         size = torch.maximum(terms.max(), expected[0].abs().max())
         assert bool(((y.double() - expected[0]).abs() <= 2 * ELEMENTS[dtype] * size).all()), (training, activation)
+        assert mask.dtype == torch.bool and mask.stride() == passes.stride()
+        # what rounding moves across a kink lies next to it, before the activation as well as behind it
+        beside = torch.minimum(expected[0].abs(), (expected[0] - 6).abs()) <= 2 * SUMS[dtype] * size
+        assert bool(((mask == passes) | beside).all()) if mask.numel() else not passes.numel(), (training, activation)
         exact = two_pass(of["x"]) if training else expected[1:]
         assert distance(mean, exact[0]) < SUMS[dtype]
         assert distance(var, exact[1]) < SUMS[dtype] or float(exact[1].max()) == float(var.max()) == 0
@@ -133,10 +137,13 @@ def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
     # statistics of few values make 1 / std ill-conditioned, so both start from given ones
     for training, (activation, residual) in itertools.product((True, False), FORMS):
         mean, var = of["mean"], of["var"]
-        y, *_ = forward(native, of, False, activation, residual)
-        got = backward(native, of, y if residual else None, mean, var, training, activation, residual)
-        # y decides, so that both are on the same side of 0; a y rounded to 6 is not on z's side of relu6's other kink
-        given = y if residual or activation in ("relu", "leaky_relu") else None
+        mask = forward(native, of, False, activation, True)[3] if residual else None
+        given = mask if ops.masked(of["residual"] if residual else None, activation) else None
+        got = backward(native, of, given, mean, var, training, activation, residual)
+        # where z is computed the forward's mask for it decides, so that both are on the same side of a kink
+        if not residual and ops.maskable(activation) and activation != "none":
+            nothing = of | {"residual": torch.zeros_like(of["x"])}
+            given = forward(native, nothing, False, activation, True)[3]
         expected = backward(reference, of, given, mean, var, training, activation, residual, cast=wide)
         dx, dresidual, dweight, dbias, s = got
         assert dx.stride() == torch.empty_like(of["x"]).stride()
@@ -163,7 +170,7 @@ def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
 def test_statistics_survive_a_large_mean(shape, dtype, offset, bound, layout):
     """Raw sums of squares would lose every digit here."""
     x = (in_layout(normal(shape, 1, torch.float64), layout) + offset).to(dtype)
-    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
+    _, mean, var, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
     exact_mean, exact_var = two_pass(x.double() - offset)
     assert distance(mean, exact_mean + offset) < torch.finfo(dtype).eps
     assert distance(var, exact_var) < bound
@@ -171,7 +178,7 @@ def test_statistics_survive_a_large_mean(shape, dtype, offset, bound, layout):
 
 def test_statistics_of_a_constant_are_exact():
     x = torch.full((3, 5, 7, 9), 0.1)
-    _, mean, var = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
+    _, mean, var, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "none", 0.0)
     assert torch.equal(mean, torch.full((5,), 0.1))
     assert bool((var >= 0).all())
     assert float(var.max()) < 1e-15
@@ -182,13 +189,14 @@ def test_statistics_of_a_constant_are_exact():
 def test_bits_do_not_depend_on_threads_or_repetition(shape, layout):
     def everything():
         of = batch_norm_inputs(shape, torch.float32, layout)
-        y, mean, var = forward(native, of, True, "relu", True)
+        y, mean, var, mask = forward(native, of, True, "relu", True)
         return [
             native.channel_scores(of["x"], of["dy"]),
             y,
             mean,
             var,
-            *backward(native, of, y, mean, var, True, "relu", True),
+            mask,
+            *backward(native, of, mask, mean, var, True, "relu", True),
         ]
 
     before = torch.get_num_threads()
@@ -206,18 +214,20 @@ def test_bits_do_not_depend_on_threads_or_repetition(shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_recomputed_mask_is_the_forwards_own(dtype, layout):
-    """dz seen through dbias and dresidual: the mask from x equals the mask from y, bit for bit, also next to zero."""
+    """dz seen through dbias and dresidual: act' from x is the forward's mask, bit for bit, also next to the kinks."""
     shape = (4, 37, 23, 3)
     of = batch_norm_inputs(shape, dtype, layout)
     of["bias"].zero_()
     of["x"] = (of["x"] * 4).round() / 4  # many values that are their channel's mean, or nearly
     of["mean"] = (of["mean"] * 4).round() / 4
-    for training in (True, False):
-        y, mean, var = forward(native, of, training, "relu", False)
-        from_x = backward(native, of, None, mean, var, training, "relu", True)
-        from_y = backward(native, of, y, mean, var, training, "relu", True)
-        assert 0.2 < float((y > 0).double().mean()) < 0.8
-        for a, b in zip(from_x, from_y, strict=True):
+    of["residual"].zero_()
+    of["weight"] *= 8
+    for training, activation in itertools.product((True, False), ("relu", "relu6", "leaky_relu")):
+        _, mean, var, mask = forward(native, of, training, activation, True)
+        from_x = backward(native, of, None, mean, var, training, activation, True)
+        from_mask = backward(native, of, mask, mean, var, training, activation, True)
+        assert 0.2 < float(mask.double().mean()) < 0.8
+        for a, b in zip(from_x, from_mask, strict=True):
             assert torch.equal(a, b)
 
 
@@ -238,11 +248,12 @@ def test_missing_affine_is_one_and_zero():
     of = batch_norm_inputs((3, 7, 5, 5), torch.float32, "contiguous")
     ones = of | {"weight": torch.ones(7), "bias": torch.zeros(7)}
     none = of | {"weight": None, "bias": None}
-    y, mean, var = forward(native, ones, True, "relu", False)
-    for got, expected in zip(forward(native, none, True, "relu", False), (y, mean, var), strict=True):
+    made = forward(native, ones, True, "relu", True)
+    for got, expected in zip(forward(native, none, True, "relu", True), made, strict=True):
         assert torch.equal(got, expected)
-    with_ones = backward(native, ones, y, mean, var, True, "relu", False)
-    for got, expected in zip(backward(native, none, y, mean, var, True, "relu", False), with_ones, strict=True):
+    _, mean, var, mask = made
+    with_ones = backward(native, ones, mask, mean, var, True, "relu", False)
+    for got, expected in zip(backward(native, none, mask, mean, var, True, "relu", False), with_ones, strict=True):
         assert torch.equal(got, expected)
 
 
@@ -270,12 +281,13 @@ def test_any_strides(view):
     kept = {name: t.clone() for name, t in of.items()}
     s = native.channel_scores(of["x"], of["dy"])
     assert distance(s, reference.channel_scores(of["x"], of["dy"])) < 1e-13
-    y, mean, var = forward(native, of, True, "relu", True)
-    assert y.stride() == torch.empty_like(of["x"]).stride()
-    for got, expected in zip((y, mean, var), forward(reference, of, True, "relu", True), strict=True):
+    made = forward(native, of, True, "relu", True)
+    _, mean, var, mask = made
+    for got, expected in zip(made, forward(reference, of, True, "relu", True), strict=True):
+        assert got.stride() == expected.stride()
         assert distance(got, expected) < 1e-13
-    got = backward(native, of, y, mean, var, True, "relu", True)
-    for a, b in zip(got, backward(reference, of, y, mean, var, True, "relu", True), strict=True):
+    got = backward(native, of, mask, mean, var, True, "relu", True)
+    for a, b in zip(got, backward(reference, of, mask, mean, var, True, "relu", True), strict=True):
         assert distance(a, b) < 1e-12
     for name, t in of.items():
         assert torch.equal(t, kept[name]), f"{name} was written to"
@@ -284,11 +296,12 @@ def test_any_strides(view):
 def test_layouts_may_differ_between_arguments():
     of = batch_norm_inputs((3, 18, 6, 5), torch.float64, "channels_last")
     mixed = of | {name: of[name].contiguous() for name in ("dy", "residual")}
-    y, mean, var = forward(native, mixed, True, "relu", True)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, forward(native, of, True, "relu", True)[0])
-    got = backward(native, mixed, y.contiguous(), mean, var, True, "relu", True)
-    for a, b in zip(got, backward(native, of, y, mean, var, True, "relu", True), strict=True):
+    made = forward(native, mixed, True, "relu", True)
+    y, mean, var, mask = made
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, mask))
+    assert all(map(torch.equal, made, forward(native, of, True, "relu", True)))
+    got = backward(native, mixed, mask.contiguous(), mean, var, True, "relu", True)
+    for a, b in zip(got, backward(native, of, mask, mean, var, True, "relu", True), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(native.channel_scores(of["x"], mixed["dy"]), native.channel_scores(of["x"], of["dy"]))
 
@@ -307,10 +320,10 @@ def test_tokens_last_are_channels_last():
 def test_empty_tensors(shape, layout):
     of = batch_norm_inputs(shape, torch.float32, layout)
     assert torch.equal(native.channel_scores(of["x"], of["dy"]), torch.zeros(shape[:2]))
-    y, mean, var = forward(native, of, False, "relu", False)
-    assert y.shape == shape
+    y, mean, var, mask = forward(native, of, False, "relu", True)
+    assert y.shape == mask.shape == shape
     assert torch.equal(mean, of["mean"])
-    dx, _, dweight, dbias, s = backward(native, of, None, mean, var, True, "relu", False)
+    dx, _, dweight, dbias, s = backward(native, of, mask, mean, var, True, "relu", False)
     assert dx.shape == shape
     assert torch.equal(s, torch.zeros(shape[:2]))
     assert torch.equal(dweight, torch.zeros(shape[1]))
@@ -320,7 +333,7 @@ def test_empty_tensors(shape, layout):
 def test_nan_and_infinity_are_not_hidden():
     x = normal((2, 3, 8, 8), 1)
     x[1, 2, 3, 4] = torch.nan
-    y, mean, _ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "relu", 0.0)
+    y, mean, *_ = native.batch_norm_act(x, None, None, None, None, None, True, EPS, "relu", 0.0)
     assert torch.equal(mean.isnan(), torch.tensor([False, False, True]))
     assert bool(y[:, 2].isnan().all())
     s = native.channel_scores(x, torch.ones_like(x))
@@ -371,6 +384,42 @@ def test_activations_are_torchs_own_at_the_kinks_and_far_out(name, dtype):
     torch.testing.assert_close(dx[finite], gradient[finite], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", [native, reference])
+@pytest.mark.parametrize("slope", [0.1, 0.0, -0.2])
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
+def test_masks_are_torchs_own_at_the_kinks(name, slope, backend, dtype):
+    """y = act(0 + residual): at kinks, next to them, at infinities and NaN, in registers of every width."""
+    tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+    kinks = [-0.0, 0.0, tiny, -tiny, 6.0, 6 * (1 - eps), 6 * (1 + eps), 3.0, -3.0, torch.inf, -torch.inf, torch.nan]
+    values = torch.tensor((kinks * 3)[:35], dtype=dtype)
+    residual = values.reshape(1, -1, 1).repeat(1, 1, 7).requires_grad_()
+    x, dy = torch.zeros_like(residual), torch.full_like(residual, 3.0)
+    zero, one = torch.zeros(len(values), dtype=dtype), torch.ones(len(values), dtype=dtype)
+    expected = getattr(torch.nn.functional, name)(residual, *([slope] if name == "leaky_relu" else []))
+    (gradient,) = torch.autograd.grad(expected, residual, dy)
+    for layout in LAYOUTS:
+        of = [in_layout(t, layout) for t in (x, residual.detach())]
+        y, _, _, mask = backend.batch_norm_act(*of, one, zero, zero, one, False, 0.0, name, slope)
+        _, dresidual, *_ = backend.batch_norm_act_backward(
+            dy, of[0], mask, one, zero, zero, one, False, 0.0, name, slope, True
+        )
+        torch.testing.assert_close(y, expected.detach(), equal_nan=True, rtol=0, atol=0, check_stride=False)
+        number = ~residual.isnan().detach()  # at a NaN torch's relu6 is not of one mind with its relu
+        torch.testing.assert_close(dresidual[number], gradient[number], rtol=0, atol=0)
+        assert torch.equal(mask[number], gradient[number] == 3.0)
+        assert bool((mask[~number] == (name != "leaky_relu")).all())
+
+
+def test_masks_of_any_bool_are_read():
+    """A mask from elsewhere may hold other bytes than 1."""
+    of = batch_norm_inputs((3, 18, 6, 5), torch.float32, "contiguous")
+    _, mean, var, mask = forward(native, of, True, "relu", True)
+    other = (mask.to(torch.uint8) * 254).view(torch.bool)
+    for a, b in zip(*(backward(native, of, m, mean, var, True, "relu", True) for m in (mask, other)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_bfloat16_rounds_to_nearest_even_like_torch():
     """Through y = x·1 + 0: every bit pattern between two bf16 neighbours, infinities, subnormals and NaN."""
     values = torch.cat(
@@ -399,6 +448,8 @@ def test_inputs_are_checked_before_they_become_addresses():
         native.batch_norm_act(x, x[:1], C, C, C, C, False, EPS, "none", 0.0)
     with pytest.raises(ValueError, match="running_mean"):
         native.batch_norm_act(x, None, C, C, None, C, False, EPS, "none", 0.0)
+    with pytest.raises(ValueError, match="mask has shape"):
+        native.batch_norm_act_backward(x, x, x[:1] > 0, C, C, C, C, True, EPS, "relu", 0.0, False)
     with pytest.raises(ValueError, match="mean has shape"):
         native.batch_norm_act_backward(x, x, None, C, C, torch.ones(1), C, True, EPS, "none", 0.0, False)
 

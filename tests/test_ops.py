@@ -16,7 +16,7 @@ SLOPE = 0.1
 FORMS = [
     form
     for form in itertools.product([True, False], ops.ACTIVATIONS, [False, True])
-    if not form[2] or ops.reads_output(form[1], SLOPE)
+    if not form[2] or ops.maskable(form[1])
 ]
 ACTIVATIONS = {
     "none": lambda z: z,
@@ -65,8 +65,8 @@ def expected(x, residual, weight, bias, mean, var, dy, training, activation):
 
 
 def computed(x, residual, weight, bias, mean, var, dy, training, activation):
-    y, m, v = ops.batch_norm_act(x, residual, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
-    saved = y if residual is not None else None
+    y, m, v, mask = ops.batch_norm_act(x, residual, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
+    saved = mask if ops.masked(residual, activation) else None
     dx, dresidual, dweight, dbias, s = ops.batch_norm_act_backward(
         dy, x, saved, weight, bias, m, v, training, 1e-5, activation, SLOPE, residual is not None
     )
@@ -121,12 +121,13 @@ def test_layouts_of_activation_and_gradient_may_differ():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_output_keeps_dtype_and_layout(dtype, layout):
     x, r, weight, bias, mean, var, dy = inputs((2, 16, 6, 6), layout, True, dtype)
-    y, m, _ = ops.batch_norm_act(x, r, weight, bias, mean, var, True, 1e-5, "relu")
+    y, m, _, mask = ops.batch_norm_act(x, r, weight, bias, mean, var, True, 1e-5, "relu")
     dx, dresidual, dweight, _, s = ops.batch_norm_act_backward(
-        dy, x, y, weight, bias, m, var, True, 1e-5, "relu", 0.0, True
+        dy, x, mask, weight, bias, m, var, True, 1e-5, "relu", 0.0, True
     )
     for t in (y, dx, dresidual):
         assert t.dtype == dtype and t.stride() == x.stride()
+    assert mask.dtype == torch.bool and mask.stride() == x.stride()
     for t in (m, dweight, s):
         assert t.dtype == ops.accumulator(dtype)
 
@@ -148,7 +149,7 @@ def test_the_same_inputs_give_the_same_bits_on_any_number_of_threads(layout):
 
 def test_variance_survives_a_large_mean():
     x = normal((4, 8, 20, 20), 1) + 1e4
-    _, mean, var = ops.batch_norm_act(x, None, None, None, None, None, True, 1e-5, "none")
+    _, mean, var, _ = ops.batch_norm_act(x, None, None, None, None, None, True, 1e-5, "none")
     assert distance(var, x.double().var((0, 2, 3), correction=0)) < 1e-5
     assert distance(mean, x.double().mean((0, 2, 3))) < 1e-7
 
@@ -161,8 +162,8 @@ def test_opcheck(layout):
         x, r, weight, bias, mean, var, dy = inputs((3, 5, 4, 3), layout, residual)
         forward = (x, r, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
         opcheck(torch.ops.taylorkern.batch_norm_act.default, forward)
-        y = ops.batch_norm_act(*forward)[0] if residual else None
-        backward = (dy, x, y, weight, bias, mean, var, training, 1e-5, activation, SLOPE, residual)
+        mask = ops.batch_norm_act(*forward)[3] if ops.masked(r, activation) else None
+        backward = (dy, x, mask, weight, bias, mean, var, training, 1e-5, activation, SLOPE, residual)
         opcheck(torch.ops.taylorkern.batch_norm_act_backward.default, backward)
 
 
@@ -201,6 +202,6 @@ def test_bad_arguments_are_named():
         ops.batch_norm_act(x, None, None, None, None, None, True, 1e-5, "gelu")
     with pytest.raises(ValueError, match="running_mean"):
         ops.batch_norm_act(x, None, None, None, None, None, False, 1e-5, "none")
-    for activation, slope in (("silu", 0.0), ("hardswish", 0.0), ("leaky_relu", -0.1)):
-        with pytest.raises(ValueError, match=f"{activation} with slope"):
-            ops.batch_norm_act_backward(x, x, x, None, None, x[0], x[0], True, 1e-5, activation, slope)
+    for activation in ("silu", "hardswish"):
+        with pytest.raises(ValueError, match=f"the gradient of {activation} can't be told from a mask"):
+            ops.batch_norm_act_backward(x, x, x > 0, None, None, x[0], x[0], True, 1e-5, activation)

@@ -241,9 +241,9 @@ def test_compiled_models_fold_outside_compiled_code(monkeypatch):
     scores.reset()
     compiling, fold = [], Folding.__call__
 
-    def watched(self, s):
+    def watched(self, *pieces):
         compiling.append(torch.compiler.is_compiling())
-        return fold(self, s)
+        return fold(self, *pieces)
 
     monkeypatch.setattr(Folding, "__call__", watched)
     compiled = torch.compile(model, backend="eager")

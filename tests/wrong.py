@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from taylorkern import backends
+from taylorkern import backends, direct
 
 
 def never(*_):
@@ -11,7 +11,8 @@ def never(*_):
 
 
 def corrupt(monkeypatch, operation, output=None, dtype=None):
-    """Have ``operation`` return its outputs, or the one of that number, a hundredth too large."""
+    """Have ``operation``, called from Python, return its outputs, or the one of that number, a hundredth too large."""
+    monkeypatch.setattr(direct, "library", lambda: None)
     backend = backends.provider(operation, torch.ones(2, 2))
     right = getattr(backend, operation)
 

@@ -59,6 +59,7 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, A
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
+  uint8_t* mask = static_cast<uint8_t*>(args.mask);
   const bool streams = part.streams(args.shape);
   const Channels<A> channels(part.C);
   const Statistics<T, L> statistics(args, part, layout);
@@ -67,6 +68,9 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, A
     const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
     auto z = normalise(load(pack, x + i), of(channels.scale), of(channels.shift));
     if (given<Residual>(residual)) z += load(pack, residual + i);
+    if constexpr (kMasked<Act>) {
+      if (given<Residual>(mask)) store_mask(pack, mask + i, act.passes(z));
+    }
     store(pack, y + i, act.apply(z), streams);
   };
   for_ranges(part, threads, [&](const Range& range, int) {
@@ -86,8 +90,8 @@ void batch_norm_act(const BatchNormAct& args, int threads) {
   const Partition part(args.shape, 1);
   dispatch(args.shape, part, [&](auto element, const auto& layout) {
     using T = decltype(element);
-    const bool joined = args.residual != nullptr;
-    with_activation<Acc<T>>(args.activation, args.slope, !joined, joined, [&](auto act, auto residual) {
+    const bool alone = !args.residual && !args.mask, joined = args.residual && args.mask;
+    with_activation<Acc<T>>(args.activation, args.slope, alone, joined, [&](auto act, auto residual) {
       forward<T>(args, part, layout, act, residual, part.useful(threads));
     });
   });

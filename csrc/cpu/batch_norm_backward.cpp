@@ -4,7 +4,8 @@
 namespace taylorkern::cpu {
 namespace {
 
-// With a residual the activation's gradient is taken at y, not at a z computed from x, and dz is written to dresidual.
+// With a residual the activation's gradient is told by the forward's mask, not by a z computed from x, and dz is written to
+// dresidual.
 template <class T, class L, class Act, class Residual>
 class Backward {
   using A = Acc<T>;
@@ -18,7 +19,7 @@ class Backward {
 
   const T* const x = static_cast<const T*>(args.x);
   const T* const dy = static_cast<const T*>(args.dy);
-  const T* const y = static_cast<const T*>(args.y);
+  const uint8_t* const mask = static_cast<const uint8_t*>(args.mask);
   T* const dx = static_cast<T*>(args.dx);
   T* const dresidual = static_cast<T*>(args.dresidual);
   const A* const mean = static_cast<const A*>(args.mean);
@@ -53,12 +54,14 @@ class Backward {
   template <class P, class V>
   TAYLORKERN_INLINE V activation_gradient(P pack, int64_t i, int64_t c, V x_value) const {
     const V dy_value = load(pack, dy + i);
-    if (given<Residual>(y)) {
-      return act.gradient(load(pack, y + i), dy_value);
-    } else {
-      const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
-      return act.gradient(normalise(x_value, of(channels.scale), of(channels.shift)), dy_value);
+    if constexpr (kMasked<Act>) {
+      if (given<Residual>(mask)) {
+        const V stopped = act.stopped(dy_value);
+        return load_mask(pack, mask + i) ? dy_value : stopped;
+      }
     }
+    const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
+    return act.gradient(normalise(x_value, of(channels.scale), of(channels.shift)), dy_value);
   }
 
   // Sums of one tile, s of samples that it holds whole, and dx and dresidual of evaluation mode, which need no more
@@ -155,7 +158,7 @@ void batch_norm_act_backward(const BatchNormActBackward& args, int threads) {
   const Partition part(args.shape, 2);
   dispatch(args.shape, part, [&](auto element, const auto& layout) {
     using T = decltype(element);
-    const bool alone = !args.y && !args.dresidual, joined = args.y && args.dresidual;
+    const bool alone = !args.mask && !args.dresidual, joined = args.mask && args.dresidual;
     with_activation<Acc<T>>(args.activation, args.slope, alone, joined, [&](auto act, auto residual) {
       using Pass = Backward<T, std::decay_t<decltype(layout)>, decltype(act), decltype(residual)>;
       const int workers = part.useful(threads);

@@ -40,7 +40,8 @@ void with_activation(Activation activation, double slope, bool alone, bool joine
     if (activation == Activation::relu && alone) return run(Relu<A>{}, WithoutResidual{});
     if (activation == Activation::relu && joined) return run(Relu<A>{}, WithResidual{});
   }
-  run(AnyActivation<A>{activation, static_cast<A>(slope)}, MaybeResidual{});
+  if (maskable(activation)) return run(AnyKinked<A>{activation, static_cast<A>(slope)}, MaybeResidual{});
+  run(AnySmooth<A>{activation}, MaybeResidual{});
 }
 
 // Whether a pointer is there: known in advance, or looked at

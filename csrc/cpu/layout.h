@@ -37,7 +37,7 @@ struct ChannelsFirst {
       const int64_t row = (n * part.C + c) * part.S;
       for (int64_t s = tile.s0; s < tile.s1; s += kSpan) {
         double span[K] = {};
-        reduce_span<A>(row + s, row + std::min(s + kSpan, tile.s1), span,
+        reduce_rows<A>(Rows{row + s, std::min(kSpan, tile.s1 - s), 1, 0}, span,
                        [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA { body(pack, i, c, out); });
         for (int k = 0; k < K; ++k) sums[k][c] += span[k];
       }
@@ -46,15 +46,17 @@ struct ChannelsFirst {
 
   template <class T>
   void moments(const Tile& tile, const T* x, double* mean, double* m2) const {
+    // Short runs of a channel, from several samples, are taken together: what a span costs besides its elements is the same.
+    const int64_t length = tile.s1 - tile.s0, rows = std::max<int64_t>(1, kSpan / std::max<int64_t>(length, 1));
     for (int64_t c = tile.c0; c < tile.c1; ++c) {
       Moments<double> all{0, 0};
       double seen = 0;
-      for (int64_t n = tile.n0; n < tile.n1; ++n) {
+      for (int64_t n = tile.n0; n < tile.n1; n += rows) {
         const int64_t row = (n * part.C + c) * part.S;
         for (int64_t s = tile.s0; s < tile.s1; s += kSpan) {
-          const int64_t end = std::min(s + kSpan, tile.s1);
-          const auto count = static_cast<double>(end - s);
-          all = joined(all, seen, span_moments(x, row + s, row + end), count);
+          const Rows span{row + s, std::min(kSpan, tile.s1 - s), std::min(rows, tile.n1 - n), part.C * part.S};
+          const auto count = static_cast<double>(span.length * span.count);
+          all = joined(all, seen, rows_moments(x, span, count), count);
           seen += count;
         }
       }
@@ -66,22 +68,29 @@ struct ChannelsFirst {
  private:
   static constexpr int64_t kSpan = 2048;  // stays in the first-level cache between two passes
 
+  // `count` runs of `length` elements from offset `begin` on, `stride` apart
+  struct Rows {
+    int64_t begin, length, count, stride;
+  };
+
   template <class A, int K, class Body>
-  static TAYLORKERN_INLINE void reduce_span(int64_t begin, int64_t end, double (&sums)[K], const Body& body) {
-    with_width<A>(end - begin, [&](auto pack) TAYLORKERN_LAMBDA {
+  static TAYLORKERN_INLINE void reduce_rows(const Rows& rows, double (&sums)[K], const Body& body) {
+    with_width<A>(rows.length, [&](auto pack) TAYLORKERN_LAMBDA {
       using V = typename decltype(pack)::type;
       constexpr int kWays = 4;  // hides the latency of an addition
       constexpr int64_t lanes = decltype(pack)::lanes;
       V ways[kWays][K] = {};
-      int64_t i = begin;
-      for (; i + kWays * lanes <= end; i += kWays * lanes) {
-        for (int way = 0; way < kWays; ++way) body(pack, i + way * lanes, ways[way]);
+      for (int64_t row = 0, i = rows.begin; row < rows.count; ++row, i = rows.begin + row * rows.stride) {
+        const int64_t end = i + rows.length;
+        for (; i + kWays * lanes <= end; i += kWays * lanes) {
+          for (int way = 0; way < kWays; ++way) body(pack, i + way * lanes, ways[way]);
+        }
+        step(pack, i, end, [&](auto last, int64_t j) TAYLORKERN_LAMBDA {
+          V out[K] = {};
+          body(last, j, out);
+          for (int k = 0; k < K; ++k) ways[0][k] += unless_covered(last, out[k], V{});
+        });
       }
-      step(pack, i, end, [&](auto last, int64_t j) TAYLORKERN_LAMBDA {
-        V out[K] = {};
-        body(last, j, out);
-        for (int k = 0; k < K; ++k) ways[0][k] += unless_covered(last, out[k], V{});
-      });
       for (int k = 0; k < K; ++k) {
         sums[k] += lane_sum<lanes>(widen(pack, (ways[0][k] + ways[1][k]) + (ways[2][k] + ways[3][k])));
       }
@@ -89,15 +98,13 @@ struct ChannelsFirst {
   }
 
   template <class T>
-  static Moments<double> span_moments(const T* x, int64_t begin, int64_t end) {
+  static Moments<double> rows_moments(const T* x, const Rows& rows, double count) {
     using A = Acc<T>;
-    const auto count = static_cast<double>(end - begin);
     double sum[1] = {};
-    reduce_span<A>(begin, end, sum,
-                   [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA { out[0] += load(pack, x + i); });
+    reduce_rows<A>(rows, sum, [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA { out[0] += load(pack, x + i); });
     const A pivot = static_cast<A>(sum[0] / count);
     double about[2] = {};
-    reduce_span<A>(begin, end, about, [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA {
+    reduce_rows<A>(rows, about, [&](auto pack, int64_t i, auto& out) TAYLORKERN_LAMBDA {
       const auto d = load(pack, x + i) - splat(pack, pivot);
       out[0] += d;
       out[1] += d * d;

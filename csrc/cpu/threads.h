@@ -14,7 +14,8 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kTileElements = 16384;      // fewer aren't worth a thread
 constexpr int64_t kMaxTiles = 64;             // bounds the scratch memory; also the most threads that can help
 constexpr int64_t kRowsPerTile = 16;          // a tile's positions come in multiples of it
-constexpr int64_t kStreamBytes = 1 << 20;     // an output from this size on is not in a cache when it is read next
+constexpr int64_t kFewestRows = 64;           // of a sample in one tile: with fewer its sums cost as much as its elements
+constexpr int64_t kStreamBytes = 4 << 20;     // an output from this size on is not in a second-level cache when it is read next
 constexpr int64_t kCacheBytes = 1 << 20;      // what a core's second-level cache keeps between two passes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,7 +53,8 @@ struct Partition {
     const int64_t want = width < C ? 1 : std::clamp<int64_t>(ceil_div(elements, kTileElements), 1, kMaxTiles);
     samples = std::max<int64_t>(1, ceil_div(N, std::min(std::max<int64_t>(N, 1), want)));
     slots_n = ceil_div(N, samples);
-    const int64_t chunks = samples > 1 ? 1 : std::max<int64_t>(1, want / std::max<int64_t>(slots_n, 1));
+    const int64_t most = samples > 1 ? 1 : std::max<int64_t>(S / kFewestRows, 1);
+    const int64_t chunks = std::clamp<int64_t>(want / std::max<int64_t>(slots_n, 1), 1, most);
     positions = std::max<int64_t>(1, round_up(ceil_div(S, chunks), kRowsPerTile));
     slots_s = ceil_div(S, positions);
   }

@@ -1,7 +1,7 @@
 // Vector registers of the host, through the compilers' vector extensions, and loads and stores that convert on the way.
 #pragma once
 
-#if defined(__FMA__) || defined(__AVX512F__)
+#if defined(__FMA__) || defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -168,6 +168,75 @@ TAYLORKERN_INLINE void store(P, T* to, typename P::type value, bool past = false
     if (!past || !stream(to, narrow)) std::memcpy(to, &narrow, sizeof narrow);
   } else {
     if (!past || !stream(to, value)) std::memcpy(to, &value, sizeof value);
+  }
+}
+
+template <int64_t Bytes>
+struct Integer;
+template <>
+struct Integer<1> {
+  using type = int8_t;
+};
+template <>
+struct Integer<2> {
+  using type = int16_t;
+};
+template <>
+struct Integer<4> {
+  using type = int32_t;
+};
+template <>
+struct Integer<8> {
+  using type = int64_t;
+};
+
+template <int64_t Bytes, int64_t Lanes>
+using Integers = Vector<typename Integer<Bytes>::type, Lanes>;
+
+// Integers of From bytes each as integers of To. Compilers make code for single lanes of it, unless the registers are named
+// or the steps are to half or double the size.
+template <int64_t To, int64_t From, int64_t Lanes>
+TAYLORKERN_INLINE Integers<To, Lanes> resized(Integers<From, Lanes> value) {
+  if constexpr (To == From) {
+    return value;
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (From == 1 && To == 4 && Lanes == 16) {
+      return bit_cast<Integers<4, 16>>(_mm512_maskz_cvtepi8_epi32(0xffff, bit_cast<__m128i>(value)));
+    }
+    if constexpr (From == 4 && To == 1 && Lanes == 16) {
+      return bit_cast<Integers<1, 16>>(_mm512_maskz_cvtepi32_epi8(0xffff, bit_cast<__m512i>(value)));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (From == 1 && To == 4 && Lanes == 8) {
+      return bit_cast<Integers<4, 8>>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(value))));
+    }
+#endif
+    constexpr int64_t next = To < From ? From / 2 : From * 2;
+    return resized<To, next, Lanes>(convert<Integers<next, Lanes>>(value));
+  }
+}
+
+// What comparing registers gives, kept as a byte for each lane: 1 where it is true
+template <class P, class Truth>
+TAYLORKERN_INLINE void store_mask(P, uint8_t* to, Truth truth) {
+  if constexpr (P::lanes == 1) {
+    *to = truth;
+  } else {
+    const auto bytes = resized<1, sizeof(typename P::acc), P::lanes>(truth) & 1;
+    std::memcpy(to, &bytes, sizeof bytes);
+  }
+}
+
+template <class P>
+TAYLORKERN_INLINE auto load_mask(P, const uint8_t* from) {
+  if constexpr (P::lanes == 1) {
+    return *from != 0;
+  } else {
+    Integers<1, P::lanes> bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return resized<sizeof(typename P::acc), 1, P::lanes>(bytes) != 0;
   }
 }
 

@@ -1,8 +1,9 @@
-"""Finds, compiles, stores and loads the library of CPU kernels.
+"""Finds, compiles, stores and loads the libraries of a build (see ``recipe``).
 
-A build lives in ``<root>/<key>/taylorkern-<checksum>.so`` beside ``build.json``, where the root is the package's
-own ``_prebuilt`` folder or the user's cache. The checksum in its name is verified before it is loaded, and it
-appears there by one rename, so neither a damaged nor a half-written file is ever loaded.
+They live in ``<root>/<key>/<name>-<checksum>.so`` beside ``build.json``, where the root is the package's own
+``_prebuilt`` folder or the user's cache. The checksum in a name is verified before the file is loaded, and it appears
+there by one rename, so neither a damaged nor a half-written file is ever loaded. ``build.json`` holds what the build
+depends on, and which libraries it has: one without the autograd library, which could not be compiled, serves too.
 """
 
 import hashlib
@@ -14,24 +15,24 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
 import filelock
-import pybind11
 
 from . import toolchain
+from .recipe import AUTOGRAD, KERNELS, PARTS, Part, ninja_file
 from .toolchain import BuildError, Toolchain
 
 PREBUILT = Path(__file__).resolve().parent.parent / "_prebuilt"
-USUAL_SECONDS = 15  # of a compilation on two cores
+USUAL_SECONDS = 30  # of a compilation on two cores
 COMPILE_TIMEOUT = 240  # seconds
 LOCK_TIMEOUT = 300  # seconds that another process's compilation is waited for
 QUIET_WAIT = 5  # seconds of waiting before a line says so
@@ -40,7 +41,7 @@ TEMPORARY_ROOTS = ("/dev/shm", "/var/tmp")  # tried where the usual one can't ho
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded build.
+    """A loaded build: the kernels, which are in ``path``, and the library of autograd functions where there is one.
 
     ``origin``: "package", "cache", "compiled" (into the cache, now) or "private" (for this process alone).
     """
@@ -48,6 +49,7 @@ class Library:
     module: ModuleType
     path: Path
     origin: str
+    autograd: ModuleType | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ class Wanted:
             folders = [root / self.key] if self.toolchain else sorted(root.iterdir())
         except OSError:
             return None
-        fitting = (path for folder in folders if self._fits(folder) for path in _libraries(folder))
-        return next(filter(_sound, fitting), None)
+        return next((found for folder in folders if (found := self._complete(folder))), None)
 
     def locate(self) -> tuple[Path, str] | None:
         """The library that a load would take without compiling, and its origin."""
@@ -93,11 +94,15 @@ class Wanted:
                 return path, origin
         return None
 
-    def _fits(self, folder: Path) -> bool:
+    def _complete(self, folder: Path) -> Path | None:
+        """The kernels in ``folder``, where this build is there with all its libraries, each of them sound."""
         try:
-            return json.loads((folder / "build.json").read_text()) == self.facts
-        except (OSError, ValueError):
-            return False
+            description = json.loads((folder / "build.json").read_text())
+            found = {part.name: _sound_library(folder, part) for part in PARTS if part.name in description["libraries"]}
+            fits = description["facts"] == self.facts and all(found.values())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found.get(KERNELS.name) if fits else None
 
 
 def cache_root() -> Path:
@@ -148,12 +153,8 @@ def compile_into(root: Path, wanted: Wanted) -> Path:
         for leftover in root.glob(f"{key}.*.tmp"):  # of a process that was killed: the lock is ours now
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(".tmp", f"{key}.", root, ignore_cleanup_errors=True) as work:
-            _compile(wanted.tools, _module_name(key), Path(work))
-            return _install(Path(work) / "taylorkern.so", root / key, wanted.facts)
-
-
-def _libraries(folder: Path) -> list[Path]:
-    return sorted(folder.glob("taylorkern-*.so"))
+            _compile(wanted.tools, key, Path(work))
+            return _install(Path(work), root / key, wanted.facts)
 
 
 def _checksum(path: Path) -> str:
@@ -162,9 +163,13 @@ def _checksum(path: Path) -> str:
 
 def _sound(path: Path) -> bool:
     try:
-        return path.stem == f"taylorkern-{_checksum(path)}"
+        return path.stem.rpartition("-")[2] == _checksum(path)
     except OSError:
         return False
+
+
+def _sound_library(folder: Path, part: Part) -> Path | None:
+    return next(filter(_sound, part.libraries(folder)), None)
 
 
 @contextmanager
@@ -189,67 +194,90 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _compile(tools: Toolchain, module: str, work: Path) -> None:
+def _compile(tools: Toolchain, key: str, work: Path) -> None:
     _say(f"compiling the CPU kernels (once, about {USUAL_SECONDS} s on two cores) ...")
     start = time.monotonic()
-    (work / "build.ninja").write_text(_ninja_file(tools, module))
+    (work / "build.ninja").write_text(ninja_file(tools, key))
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command, failure = shlex.join(tools.compiler), ""
     try:
-        status, output = toolchain.run([tools.ninja, "-j", str(jobs)], work, COMPILE_TIMEOUT)
+        status, output = toolchain.run([tools.ninja, "-j", str(jobs), "-k", str(len(PARTS))], work, COMPILE_TIMEOUT)
     except subprocess.TimeoutExpired:
-        command = shlex.join(tools.compiler)
-        raise BuildError(f"{command} didn't finish in {COMPILE_TIMEOUT} s; try another CXX") from None
-    if status:
-        tail = "\n".join(output.strip().splitlines()[-20:])
-        raise BuildError(f"{shlex.join(tools.compiler)} failed; repair it or set CXX to another. It said:\n{tail}")
+        failure = f"{command} didn't finish in {COMPILE_TIMEOUT} s; try another CXX"
+    else:
+        if status:
+            failure = f"{command} failed; repair it or set CXX to another. It said:\n{_first_failure(output)}"
+    if failure:
+        _judge(failure, work, work.parent / key)
     _say(f"compiled in {time.monotonic() - start:.0f} s")
 
 
-def _ninja_file(tools: Toolchain, module: str) -> str:
-    def escaped(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _first_failure(output: str, length: int = 20) -> str:
+    """What ninja says of the first failure, up to the command that it goes on with; or its last words."""
+    lines = output.strip().splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith("FAILED")), max(0, len(lines) - length))
+    told = lines[begin : begin + length]
+    return "\n".join(takewhile(lambda line: not line.startswith("["), told))
 
-    includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
-    command = shlex.join([*tools.compiler, *toolchain.FLAGS]).replace("$", "$$")
-    defines = shlex.join([f"-DTAYLORKERN_MODULE={module}", *includes]).replace("$", "$$")
-    units = toolchain.units(toolchain.sources())
-    objects = [f"{number}.o" for number in range(len(units))]
-    return "\n".join(
-        [
-            f"rule compile\n  command = {command} {defines} -c $in -o $out",
-            f"rule link\n  command = {command} -shared $in -o $out",
-            *(f"build {o}: compile {escaped(unit)}" for o, unit in zip(objects, units, strict=True)),
-            f"build taylorkern.so: link {' '.join(objects)}",
-            "",
-        ]
+
+def _judge(failure: str, work: Path, folder: Path) -> None:
+    """Raise BuildError where a library is missing that is needed; warn of another."""
+    if any(part.needed and not (work / f"{part.name}.so").exists() for part in PARTS):
+        raise BuildError(failure)
+    warnings.warn(
+        "taylorkern: the kernels are compiled, but not the library that calls them from torch's autograd, so Python "
+        f"calls them, which is slower. Remove {folder} to have both compiled again. {failure}",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 
-def _install(library: Path, folder: Path, facts: dict[str, str | None]) -> Path:
+def _install(work: Path, folder: Path, facts: dict[str, str | None]) -> Path:
+    """Move what was made into ``folder``, the kernels last; their path."""
+    made = [part for part in reversed(PARTS) if (work / f"{part.name}.so").exists()]
     folder.mkdir(exist_ok=True)
-    for damaged in _libraries(folder):
+    for damaged in (path for part in PARTS for path in part.libraries(folder)):
         damaged.unlink(missing_ok=True)
-    description = library.with_name("build.json")
-    description.write_text(json.dumps(facts, indent=1))
+    description = work / "build.json"
+    description.write_text(json.dumps({"facts": facts, "libraries": [part.name for part in made]}, indent=1))
     os.replace(description, folder / "build.json")
-    path = folder / f"taylorkern-{_checksum(library)}.so"
-    os.replace(library, path)
+    for part in made:
+        library = work / f"{part.name}.so"
+        path = folder / f"{part.name}-{_checksum(library)}.so"
+        os.replace(library, path)
     return path
 
 
 def _load(path: Path, origin: str) -> Library:
+    """Load the kernels in ``path``, and the autograd library beside them."""
+    module, copied = _module(path, KERNELS)
+    return Library(module, path, "private" if copied else origin, _autograd(path.parent))
+
+
+def _autograd(folder: Path) -> ModuleType | None:
+    path = _sound_library(folder, AUTOGRAD)
     try:
-        return Library(_import(path, path), path, origin)
+        return None if path is None else _module(path, AUTOGRAD)[0]
+    except BuildError as error:
+        warnings.warn(f"taylorkern: Python calls the kernels, which is slower: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def _module(path: Path, part: Part) -> tuple[ModuleType, bool]:
+    """The module in ``path``, and whether a copy of it had to be loaded."""
+    name = part.module(path.parent.name)
+    try:
+        return _import(name, path), False
     except ImportError as error:
-        return _load_copy(path, error)
+        return _module_copied(name, path, error), True
 
 
-def _load_copy(path: Path, reason: ImportError) -> Library:
+def _module_copied(name: str, path: Path, reason: ImportError) -> ModuleType:
     """Loads a sound library from another folder where its own refuses, as one mounted "noexec" does."""
     for root in (None, *TEMPORARY_ROOTS):
         try:
             with _temporary_folder(root) as folder:
-                return Library(_import(path, Path(shutil.copy(path, folder))), path, "private")
+                return _import(name, Path(shutil.copy(path, folder)))
         except (OSError, ImportError):
             continue
     raise BuildError(f"{path} can't be loaded ({reason}); remove it to have it compiled anew") from reason
@@ -277,19 +305,13 @@ def _temporary_folder(root: str | None = None) -> tempfile.TemporaryDirectory[st
     return tempfile.TemporaryDirectory(prefix="taylorkern-", dir=root, ignore_cleanup_errors=True)
 
 
-def _import(path: Path, copy: Path) -> ModuleType:
-    """The library ``path``, read from ``copy``."""
-    name = _module_name(path.parent.name)
-    loader = importlib.machinery.ExtensionFileLoader(name, str(copy))
-    spec = importlib.util.spec_from_file_location(name, copy, loader=loader)
+def _import(name: str, path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
-
-
-def _module_name(key: str) -> str:
-    return f"_taylorkern_{key}"
 
 
 def _say(message: str) -> None:

@@ -3,6 +3,7 @@
 import shlex
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..ops import ACTIVATIONS
+from ..ops import ACTIVATIONS, masked
 from . import build
 from .toolchain import BuildError
 
@@ -56,8 +57,16 @@ def status() -> Status:
         return _foreseen()
     module = _outcome.module
     vectors = f"{8 * module.register_bytes} bit{', fused multiply-add' if module.fma else ''}"
-    detail = {"path": str(_outcome.path), "compiler": module.compiler, "vectors": vectors}
+    caller = "C++" if _outcome.autograd else "Python"
+    detail = {"path": str(_outcome.path), "compiler": module.compiler, "vectors": vectors, "called from": caller}
     return Status(True, ORIGINS[_outcome.origin], detail)
+
+
+def autograd() -> tuple[ModuleType, tuple[int, ...]] | None:
+    """The library of autograd functions, and the addresses of the kernels for it, once these have been loaded."""
+    if not isinstance(_outcome, build.Library) or _outcome.autograd is None:
+        return None
+    return _outcome.autograd, _outcome.module.addresses
 
 
 def channel_scores(a: Tensor, g: Tensor) -> Tensor:
@@ -79,10 +88,11 @@ def batch_norm_act(
     eps: float,
     activation: str,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``taylorkern::batch_norm_act`` of :mod:`taylorkern.ops`."""
     frame = _Frame(x)
     y = frame.output()
+    mask = frame.output(torch.bool) if masked(residual, activation) else None
     mean, var = frame.per_channel(), frame.per_channel()
     if not training:
         mean.copy_(frame.required_vector("running_mean", running_mean))
@@ -94,6 +104,7 @@ def batch_norm_act(
         frame.vector("weight", weight),
         frame.vector("bias", bias),
         y,
+        mask,
         mean,
         var,
         eps,
@@ -101,13 +112,13 @@ def batch_norm_act(
         _ACTIVATION_CODES[activation],
         slope,
     )
-    return frame.given(y), mean, var
+    return frame.given(y), mean, var, x.new_empty(0, dtype=torch.bool) if mask is None else frame.given(mask)
 
 
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -127,7 +138,7 @@ def batch_norm_act_backward(
         "batch_norm_act_backward",
         frame.dense("dy", dy),
         frame.dense("x", x),
-        frame.dense("y", y),
+        frame.dense("mask", mask, torch.bool),
         frame.vector("weight", weight),
         frame.vector("bias", bias),
         frame.vector("mean", mean),
@@ -164,6 +175,33 @@ def follows(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
     )
 
 
+def folds(pieces: Sequence[Tensor]) -> bool:
+    """Whether these are what :func:`fold` takes: [N, C] tensors of one accumulator's dtype, on the CPU."""
+    dtype = pieces[0].dtype
+    return isinstance(_outcome, build.Library) and all(
+        t.dtype is dtype and dtype in _ACCUMULATORS and t.is_cpu and t.is_contiguous() and not t.is_neg()
+        for t in pieces
+    )
+
+
+def fold(pieces: Sequence[Tensor], runs: Tensor, count: int) -> Tensor:
+    """Σ_n t[n, u] and Σ_n t[n, u]², [2, count] in float64, where t sums s over the channels of a unit.
+
+    ``pieces`` are s, [N, C] each; ``runs`` [R, 4] (int64) are runs of channels: piece, first channel, first unit and
+    length.
+    """
+    found = torch.empty(2, count, dtype=torch.float64)
+    s, channels = [t.data_ptr() for t in pieces], [t.shape[1] for t in pieces]
+    _kernels().fold(
+        s, channels, runs.data_ptr(), found[0].data_ptr(), found[1].data_ptr(), len(pieces[0]), count, len(runs),
+        DTYPES[pieces[0].dtype],
+    )  # fmt: skip
+    return found
+
+
+_ACCUMULATORS = (torch.float32, torch.float64)
+
+
 class _Frame:
     """One call's sizes and layout, those of one tensor [N, C, *S]; every other tensor is brought into them.
 
@@ -179,15 +217,16 @@ class _Frame:
         self.strided = layout is None  # in neither layout: outputs take the strides that empty_like gives
         self.layout = _layout_like(x) if layout is None else layout
 
-    def dense(self, name: str, t: Tensor | None) -> Tensor | None:
-        """``t`` in the frame's dtype and layout: itself if it is so already."""
+    def dense(self, name: str, t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        """``t`` in the frame's layout and dtype, or another: itself if it is so already."""
         if t is None:
             return None
         if t.shape != self.shape or not t.is_cpu:
             raise self._refusal(name, t, self.shape)
-        if t.dtype is not self.dtype or t.is_neg():
-            t = t.to(self.dtype).resolve_neg()
-        return t if _is_dense(t, self.layout) else self._fresh().copy_(t)
+        wanted = dtype or self.dtype
+        if t.dtype is not wanted or t.is_neg():
+            t = t.to(wanted).resolve_neg()
+        return t if _is_dense(t, self.layout) else self._fresh(dtype).copy_(t)
 
     def vector(self, name: str, v: Tensor | None) -> Tensor | None:
         """A [C] tensor in the accumulator's dtype."""
@@ -202,13 +241,13 @@ class _Frame:
             return v
         return v.to(self.acc).resolve_neg().contiguous()
 
-    def output(self) -> Tensor:
-        """Memory for the kernel to write a tensor like the first one to."""
-        return self._fresh() if self.strided else torch.empty_like(self.like)
+    def output(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for the kernel to write a tensor like the first one to, in its dtype or another."""
+        return self._fresh(dtype) if self.strided else torch.empty_like(self.like, dtype=dtype)
 
     def given(self, out: Tensor) -> Tensor:
         """An output with the strides that ``torch.empty_like`` of the first tensor has."""
-        return torch.empty_like(self.like).copy_(out) if self.strided else out
+        return torch.empty_like(self.like, dtype=out.dtype).copy_(out) if self.strided else out
 
     def per_sample(self) -> Tensor:
         return torch.empty(self.shape[:2], dtype=self.acc, device="cpu")
@@ -226,11 +265,11 @@ class _Frame:
         needed = f"{tuple(shape)} on {self.like.device}"
         return ValueError(f"{name} has shape {tuple(t.shape)} on {t.device}; needed: {needed}")
 
-    def _fresh(self) -> Tensor:
+    def _fresh(self, dtype: torch.dtype | None = None) -> Tensor:
         N, C, *S = self.shape
         if self.layout == CHANNELS_FIRST:
-            return self.like.new_empty(N, C, *S)
-        return self.like.new_empty(N, *S, C).movedim(-1, 1)
+            return self.like.new_empty((N, C, *S), dtype=dtype)
+        return self.like.new_empty((N, *S, C), dtype=dtype).movedim(-1, 1)
 
 
 def _is_dense(t: Tensor, layout: int) -> bool:

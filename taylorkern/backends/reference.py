@@ -7,14 +7,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import accumulator
+from ..ops import accumulator, masked
 
 
 class Activation(NamedTuple):
-    """act(z), and dL/dz from z (or y, see ``ops.reads_output``) and dy. A NaN lets a gradient through, as in torch."""
+    """act(z), and dL/dz from z and dy."""
 
     apply: Callable[[Tensor, float], Tensor]
     gradient: Callable[[Tensor, Tensor, float], Tensor]
+
+
+class Kinked(NamedTuple):
+    """act(z) of straight lines: dL/dz is dy where ``passes(z)``, or a mask that keeps it, holds; else ``stopped(dy)``.
+
+    At a kink that is torch's gradient; at a NaN relu and relu6 let it through.
+    """
+
+    apply: Callable[[Tensor, float], Tensor]
+    passes: Callable[[Tensor], Tensor]
+    stopped: Callable[[Tensor, float], Tensor]
+
+    def gradient(self, z: Tensor, dy: Tensor, slope: float) -> Tensor:
+        return self.masked(self.passes(z), dy, slope)
+
+    def masked(self, mask: Tensor, dy: Tensor, slope: float) -> Tensor:
+        return torch.where(mask, dy, self.stopped(dy, slope))
+
+
+def _zero(dy: Tensor, slope: float) -> Tensor:
+    return torch.zeros_like(dy)
 
 
 def _silu_gradient(z: Tensor, dy: Tensor, slope: float) -> Tensor:
@@ -26,13 +47,14 @@ def _hardswish_gradient(z: Tensor, dy: Tensor, slope: float) -> Tensor:
     return torch.where(z >= 3, dy, torch.where(z <= -3, 0, dy * (z / 3 + 0.5)))
 
 
-ACTIVATIONS = {
-    "none": Activation(lambda z, slope: z, lambda z, dy, slope: dy),
-    "relu": Activation(lambda z, slope: torch.relu(z), lambda z, dy, slope: torch.where(z <= 0, 0, dy)),
-    "relu6": Activation(lambda z, slope: F.relu6(z), lambda z, dy, slope: torch.where((z <= 0) | (z >= 6), 0, dy)),
-    "leaky_relu": Activation(
-        lambda z, slope: F.leaky_relu(z, slope), lambda z, dy, slope: torch.where(z > 0, dy, dy * slope)
-    ),
+KINKED = {
+    "none": Kinked(lambda z, slope: z, lambda z: torch.ones_like(z, dtype=torch.bool), _zero),
+    "relu": Kinked(lambda z, slope: torch.relu(z), lambda z: ~(z <= 0), _zero),
+    "relu6": Kinked(lambda z, slope: F.relu6(z), lambda z: ~((z <= 0) | (z >= 6)), _zero),
+    "leaky_relu": Kinked(lambda z, slope: F.leaky_relu(z, slope), lambda z: z > 0, lambda dy, slope: dy * slope),
+}
+ACTIVATIONS: dict[str, Activation | Kinked] = {
+    **KINKED,
     "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
     "hardswish": Activation(lambda z, slope: F.hardswish(z), _hardswish_gradient),
 }
@@ -58,19 +80,21 @@ def batch_norm_act(
     eps: float,
     activation: str,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     mean, var = _statistics(wide, running_mean, running_var, training)
     z = _affine(wide, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.to(z.dtype)
-    return _like(ACTIVATIONS[activation].apply(z, slope), x), mean, var
+    wanted = masked(residual, activation)
+    mask = _like(KINKED[activation].passes(z), x, torch.bool) if wanted else x.new_empty(0, dtype=torch.bool)
+    return _like(ACTIVATIONS[activation].apply(z, slope), x), mean, var, mask
 
 
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -84,8 +108,10 @@ def batch_norm_act_backward(
     acc = accumulator(x.dtype)
     wide, dz = x.to(acc), dy.to(acc)
     xhat = (wide - _column(mean, x)) * _column(torch.rsqrt(var + eps), x)
-    z = _affine(wide, weight, bias, mean, var, eps) if y is None else y.to(acc)
-    dz = ACTIVATIONS[activation].gradient(z, dz, slope)
+    if mask is None:
+        dz = ACTIVATIONS[activation].gradient(_affine(wide, weight, bias, mean, var, eps), dz, slope)
+    else:
+        dz = KINKED[activation].masked(mask, dz, slope)
     A, B = _spatial_sum(xhat * dz), _spatial_sum(dz)  # [N, C]
     dweight, dbias = A.sum(0), B.sum(0)
     s = _scale(weight, A) * A + (0 if bias is None else bias.to(acc) * B)
@@ -135,6 +161,6 @@ def _spatial_sum(t: Tensor) -> Tensor:
     return t.flatten(2).sum(2) if t.dim() > 2 else t.clone()
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """t in x's dtype and memory layout, never t itself."""
-    return torch.empty_like(x).copy_(t)
+def _like(t: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """t in x's memory layout and dtype, or another, never t itself."""
+    return torch.empty_like(x, dtype=dtype).copy_(t)

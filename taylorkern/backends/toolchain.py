@@ -23,6 +23,7 @@ FLAGS = (
     "-O3 -std=c++17 -march=native -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
     "-ffp-contract=off -fno-trapping-math -fno-math-errno"
 ).split()
+AUTOGRAD_FLAGS = "-O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra".split()
 COMPILERS = ("g++", "c++", "clang++")
 SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 GRACE = 5  # seconds for ninja to end what it started
@@ -54,11 +55,6 @@ def sources() -> Path:
     raise BuildError(f"the C++ sources are missing beside {package}; reinstall taylorkern")
 
 
-def units(folder: Path) -> list[Path]:
-    """The files of the CPU library that are compiled one by one."""
-    return [folder / "module.cpp", folder / "bind_cpu.cpp", *sorted((folder / "cpu").glob("*.cpp"))]
-
-
 def find_toolchain() -> Toolchain:
     """The compiler ($CXX, or the first of g++, c++, clang++), ninja and Python's headers.
 
@@ -81,7 +77,7 @@ def host_facts() -> dict[str, str | None]:
         "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
         "pybind11": importlib.metadata.version("pybind11"),
         "isa": _isa(),
-        "flags": shlex.join(FLAGS),
+        "flags": shlex.join([*FLAGS, *AUTOGRAD_FLAGS]),
     }
 
 

@@ -19,6 +19,7 @@ std::mt19937 generator(0);
 
 double value_of(double v) { return v; }
 double value_of(float v) { return v; }
+double value_of(uint8_t v) { return v; }
 double value_of(cpu::bfloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float value;
@@ -27,6 +28,7 @@ double value_of(cpu::bfloat16 v) {
 }
 void assign(double& to, double v) { to = v; }
 void assign(float& to, double v) { to = static_cast<float>(v); }
+void assign(uint8_t& to, double) { to = 7; }  // neither 0 nor 1
 void assign(cpu::bfloat16& to, double v) { cpu::store(cpu::Pack<float, 1>{}, &to, static_cast<float>(v)); }
 
 // `count` elements that end where their allocation ends and start one element behind its start
@@ -103,20 +105,26 @@ double slope_at(Activation activation, double z) {
   return 1;
 }
 
+// Whether rounding z may move it across a kink
+bool near_kink(Activation activation, double z) {
+  return std::abs(z) < 1e-4 || (activation == Activation::relu6 && std::abs(z - 6) < 1e-4);
+}
+
 template <class T>
 void check_batch_norm(const Shape& shape, int threads, bool training, Activation activation, bool with_residual) {
   using A = cpu::Acc<T>;
   const int64_t N = shape.N, C = shape.C, S = shape.S, count = N * C * S;
   const double eps = 1e-5;
   Buffer<T> x(count), residual(count), y(count), dy(count), dx(count), dresidual(count);
+  Buffer<uint8_t> mask(with_residual ? count : 0);
   Buffer<A> weight(C), bias(C), mean(C), var(C), dweight(C), dbias(C), s(N * C);
   for (int64_t c = 0; c < C; ++c) var.data()[c] = static_cast<A>(0.5 + std::abs(var[c]));
 
   cpu::batch_norm_act({shape, x.data(), with_residual ? residual.data() : nullptr, weight.data(), bias.data(), y.data(),
-                       mean.data(), var.data(), eps, training, activation, kSlope},
+                       with_residual ? mask.data() : nullptr, mean.data(), var.data(), eps, training, activation, kSlope},
                       threads);
-  cpu::batch_norm_act_backward({shape, dy.data(), x.data(), with_residual ? y.data() : nullptr, weight.data(), bias.data(),
-                                mean.data(), var.data(), dx.data(), with_residual ? dresidual.data() : nullptr,
+  cpu::batch_norm_act_backward({shape, dy.data(), x.data(), with_residual ? mask.data() : nullptr, weight.data(),
+                                bias.data(), mean.data(), var.data(), dx.data(), with_residual ? dresidual.data() : nullptr,
                                 dweight.data(), dbias.data(), s.data(), eps, training, activation, kSlope},
                                threads);
 
@@ -138,12 +146,18 @@ void check_batch_norm(const Shape& shape, int threads, bool training, Activation
     const auto z_at = [&](int64_t i) {
       return (x[i] - mean[c]) * invstd * weight[c] + bias[c] + (with_residual ? residual[i] : 0);
     };
-    const auto dz_at = [&](int64_t i) { return dy[i] * slope_at(activation, with_residual ? y[i] : z_at(i)); };
+    const auto slope_below = activation == Activation::leaky_relu ? kSlope : 0;
+    const auto dz_at = [&](int64_t i) {
+      return dy[i] * (!with_residual ? slope_at(activation, z_at(i)) : mask[i] == 1 ? 1 : slope_below);
+    };
     for (int64_t n = 0; n < N; ++n) {
       double A_nc = 0, B_nc = 0;
       for (int64_t k = 0; k < S; ++k) {
         const int64_t i = offset(shape, n, c, k);
         expect("y", shape, y[i], activated(activation, z_at(i)), std::abs(z_at(i)) + std::abs(x[i]));
+        if (with_residual && !near_kink(activation, z_at(i))) {
+          expect("mask", shape, mask[i], slope_at(activation, z_at(i)) == 1, 0);
+        }
         A_nc += (x[i] - mean[c]) * invstd * dz_at(i);
         B_nc += dz_at(i);
       }
@@ -162,6 +176,34 @@ void check_batch_norm(const Shape& shape, int threads, bool training, Activation
         if (with_residual) expect("dresidual", shape, dresidual[i], dz_at(i), 0);
       }
     }
+  }
+}
+
+// Two pieces, whose channels belong to units that wander and come back
+template <class A>
+void check_fold(int64_t N, int64_t U, Dtype dtype) {
+  const int64_t first = U / 2 + 1, second = U;
+  Buffer<A> left(N * first), right(N * second);
+  Buffer<double> sums(U), squares(U);
+  const FoldPiece pieces[] = {{left.data(), first}, {right.data(), second}};
+  std::vector<FoldRun> runs{{0, 0, U - first + (U == 1), first - (U == 1)}, {1, 0, 0, U}};
+  for (int64_t c = 0; c + 1 < first; c += 2) runs.push_back({0, c, c / 2, 1});
+  cpu::fold({N, U, static_cast<int64_t>(runs.size()), dtype, pieces, runs.data(), sums.data(), squares.data()});
+  for (int64_t u = 0; u < U; ++u) {
+    double sum = 0, square = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      double t = 0;
+      for (const FoldRun& run : runs) {
+        if (u < run.unit || u >= run.unit + run.length) continue;
+        const int64_t i = n * pieces[run.piece].C + run.channel + u - run.unit;
+        t += run.piece == 0 ? left[i] : right[i];
+      }
+      sum += t;
+      square += t * t;
+    }
+    const Shape shape{N, U, 1, Layout::channels_first, Dtype::f64};
+    expect("fold's sum", shape, sums[u], sum, std::abs(sum));
+    expect("fold's square", shape, squares[u], square, square);
   }
 }
 
@@ -189,6 +231,12 @@ int main() {
       check<float>({N, C, S, layout, Dtype::f32});
       check<double>({N, C, S, layout, Dtype::f64});
       check<cpu::bfloat16>({N, C, S, layout, Dtype::bf16});
+    }
+  }
+  for (const int64_t N : {0, 1, 5}) {
+    for (const int64_t U : {1, 2, 17, 300}) {
+      check_fold<float>(N, U, Dtype::f32);
+      check_fold<double>(N, U, Dtype::f64);
     }
   }
   std::puts("every shape is right");

@@ -71,10 +71,11 @@ template <class T>
 struct Tensors {
   Buffer<T> x, residual, y, dy, dx, dresidual;
   Buffer<float> weight, bias, mean, var, dweight, dbias, s;
+  std::vector<uint8_t> mask;
 
   Tensors(int64_t elements, int64_t channels, int64_t scores)
       : x(elements), residual(elements), y(elements), dy(elements), dx(elements), dresidual(elements), weight(channels),
-        bias(channels), mean(channels), var(channels), dweight(channels), dbias(channels), s(scores) {}
+        bias(channels), mean(channels), var(channels), dweight(channels), dbias(channels), s(scores), mask(static_cast<size_t>(elements)) {}
 
   std::function<void()> channel_scores(const Case& of) {
     ChannelScores args{};
@@ -93,6 +94,7 @@ struct Tensors {
     args.weight = weight.data();
     args.bias = bias.data();
     args.y = y.data();
+    args.mask = of.behind.residual ? mask.data() : nullptr;
     args.mean = mean.data();
     args.var = var.data();
     args.eps = 1e-5;
@@ -101,13 +103,13 @@ struct Tensors {
     return [args] { cpu::batch_norm_act(args, kThreads); };
   }
 
-  // Reads the y, mean and var of the forward before it.
+  // Reads the mask, mean and var of the forward before it.
   std::function<void()> backward(const Case& of) {
     BatchNormActBackward args{};
     args.shape = of.shape;
     args.dy = dy.data();
     args.x = x.data();
-    args.y = of.behind.residual ? y.data() : nullptr;
+    args.mask = of.behind.residual ? mask.data() : nullptr;
     args.weight = weight.data();
     args.bias = bias.data();
     args.mean = mean.data();
@@ -125,12 +127,15 @@ struct Tensors {
 };
 
 // The first call warms up what is set up once; the second one is measured.
-void run(const Case& of, const std::function<void()>& call, const char* wanted) {
+void run(const std::string& name, int64_t elements, const std::function<void()>& call, const char* wanted) {
   call();
-  const std::string name = of.name();
   if (name.compare(0, std::strlen(wanted), wanted) != 0) return;
-  std::printf("%s %lld\n", name.c_str(), static_cast<long long>(of.elements()));
+  std::printf("%s %lld\n", name.c_str(), static_cast<long long>(elements));
   measured(call);
+}
+
+void run(const Case& of, const std::function<void()>& call, const char* wanted) {
+  run(of.name(), of.elements(), call, wanted);
 }
 
 template <class T>
@@ -142,6 +147,25 @@ void run_all(Tensors<T>& tensors, const Shape& shape, const char* wanted) {
     run(forward, tensors.forward(forward), wanted);
     run(backward, tensors.backward(backward), wanted);
   }
+}
+
+// What a step does once: every sample's s of two layers, 512 channels each, to as many units that they share
+void run_fold(const char* wanted) {
+  constexpr int64_t N = 8, C = 512;
+  Buffer<float> first(N * C), second(N * C);
+  std::vector<double> sums(C), squares(C);
+  const FoldPiece pieces[] = {{first.data(), C}, {second.data(), C}};
+  const FoldRun runs[] = {{0, 0, 0, C}, {1, 0, 0, C}};
+  const Fold args{N, C, 2, Dtype::f32, pieces, runs, sums.data(), squares.data()};
+  run("fold float32 8x512", 2 * N * C, [&] { cpu::fold(args); }, wanted);
+}
+
+void run_follow(const char* wanted) {
+  constexpr int64_t C = 512;
+  Buffer<float> mean(C), var(C), running_mean(C), running_var(C);
+  const RunningStatistics args{C,  Dtype::f32, mean.data(), var.data(), running_mean.data(), running_var.data(),
+                               0.1, 1.01};
+  run("follow float32 512", C, [&] { cpu::follow(args); }, wanted);
 }
 
 }  // namespace
@@ -157,4 +181,6 @@ int main(int count, char** arguments) {
       run_all(half, {N, C, S, layout, Dtype::bf16}, wanted);
     }
   }
+  run_fold(wanted);
+  run_follow(wanted);
 }
