@@ -282,12 +282,13 @@ class Scores:
         if not arrived:
             return
         minibatch = self._minibatch(arrived)
-        values = torch.stack(list(minibatch.values()))  # [statistics, U]
+        values = torch.cat([value.flatten() for value in minibatch.values()])
         device = values.device
         # Nought times anything is nought, but for what is not finite: half a pass, where isfinite() takes four.
         finite = (values * 0).sum() == 0
-        for name, value in zip(minibatch, torch.where(finite, values, 0.0), strict=True):
-            self._sums[name] = self._sums[name].to(device) + value
+        kept = torch.where(finite, values, 0.0).split([value.numel() for value in minibatch.values()])
+        for (name, value), more in zip(minibatch.items(), kept, strict=True):
+            self._sums[name] = self._sums[name].to(device) + more.view_as(value)
         self._count = self._count.to(device) + finite
         self._curved = self._curved.to(device) + finite * (self._h is not None)
         self._h = None

@@ -179,7 +179,12 @@ def folds(pieces: Sequence[Tensor]) -> bool:
     """Whether these are what :func:`fold` takes: [N, C] tensors of one accumulator's dtype, on the CPU."""
     dtype = pieces[0].dtype
     return isinstance(_outcome, build.Library) and all(
-        t.dtype is dtype and dtype in _ACCUMULATORS and t.is_cpu and t.is_contiguous() and not t.is_neg()
+        type(t) is Tensor
+        and t.dtype is dtype
+        and dtype in _ACCUMULATORS
+        and t.is_cpu
+        and t.is_contiguous()
+        and not t.is_neg()
         for t in pieces
     )
 
