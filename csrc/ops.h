@@ -44,7 +44,7 @@ struct BatchNormAct {
   const void* weight;    // [C] acc or null: ones
   const void* bias;      // [C] acc or null: zeros
   void* y;               // [N, C, S], written
-  void* mask;            // [N, C, S] bytes or null: not wanted; written with 1 where act'(z) is 1, else with 0
+  void* mask;            // [N, C, S] bytes or null: not wanted; written with 1 where formula.h's passes(z), else with 0
   void* mean;            // [C] acc; training: written, the batch's (0 if the batch is empty); otherwise read
   void* var;             // [C] acc; training: written, the batch's biased variance (0 if empty); otherwise read
   double eps;

@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from . import backends, direct, ops
 from .activations import FUNCTIONS, MODULES, Activation, relu, relu_
 from .autograd import InplaceError
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused_batch_norm, promised, settle
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused_batch_norm, kept, promised, settle
 
 __all__ = ["close", "link", "overwrite", "plus", "relu", "relu_", "start", "value"]  # what rewritten code calls
 
@@ -61,6 +61,7 @@ class Deferred:
         """Run the layer, alone, if it has not run yet."""
         x, self.x = self.x, None
         if x is not None:
+            kept(self.layer)
             self._check(x)
             with torch.enable_grad():  # as it was when the promise was given
                 self._output = self.layer(x)
@@ -79,6 +80,7 @@ class Deferred:
         if self.x is None or (self.residual is not None and not ops.maskable(activation.name)):
             return None
         x, residual, self.x, self.residual = self.x, self.residual, None, None
+        kept(self.layer)
         self._check(x)
         return fused_batch_norm(self.layer, self.layer.gate, x, residual, activation.name, activation.slope)
 

@@ -257,12 +257,17 @@ class Promise(Protocol):
     def settle(self) -> None: ...
 
 
-_promises: dict[tuple[int, int], ref[Promise]] = {}  # by layer and thread; dead ones are replaced by the next
+_promises: dict[tuple[int, int], ref[Promise]] = {}  # by layer and thread
 
 
 def promised(layer: nn.Module, promise: Promise) -> None:
     """Have ``promise`` kept before ``layer`` runs again, so that its running statistics see its inputs in order."""
     _promises[id(layer), threading.get_ident()] = ref(promise)
+
+
+def kept(layer: nn.Module) -> None:
+    """Forget the promise of ``layer``'s output, which its owner keeps now."""
+    _promises.pop((id(layer), threading.get_ident()), None)
 
 
 def settle(layer: nn.Module) -> None:

@@ -143,7 +143,7 @@ def batch_norm_act_backward(
 
 
 def maskable(activation: str) -> bool:
-    """Whether the activation is made of two straight lines, or one, so that a mask tells its gradient.
+    """Whether the activation is made of straight lines with two slopes at most, so that a mask tells its gradient.
 
     Such a one may stand behind an addition.
 

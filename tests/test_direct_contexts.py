@@ -87,13 +87,33 @@ def test_what_is_overwritten_before_backward(fused, what):
 def test_an_output_and_a_residual_may_be_overwritten():
     def overwrite(model, x):
         layer, other = model.bn1, x.clone()
-        y = fused_batch_norm(layer, layer.gate, x, other, "relu")
+        y = fused_batch_norm(layer, layer.gate, x, other, "relu6")  # of which torch keeps no output
         y.mul_(2)
         other.zero_()
         y.sin().sum().backward()
         return y.detach()
 
     each(overwrite, 1)
+
+
+def test_an_overwritten_output_of_a_relu_behind_an_addition_is_refused():
+    def overwrite(model, x):
+        y = fused_batch_norm(model.bn1, model.bn1.gate, x, x.clone(), "relu")
+        y.mul_(2)
+        with pytest.raises(tk.InplaceError, match="overwritten in place"):
+            y.sin().sum().backward()
+        return x.detach()
+
+    each(overwrite, 1)
+
+
+def test_a_sum_before_an_activation_that_no_mask_tells_is_refused():
+    def smooth(model, x):
+        with pytest.raises(ValueError, match=r"silu|mask"):
+            fused_batch_norm(model.bn1, None, x, x.clone(), "silu").sum().backward()
+        return x.detach()
+
+    each(smooth, 0)
 
 
 def tripled(parameter):
@@ -428,12 +448,11 @@ def test_threads_that_share_a_model():
 
 def test_threads_that_train_a_model():
     """As data parallelism does: gradients add up, and nobody waits for the interpreter's lock for ever."""
-    model = net()
-    scores = tk.Scores(model, None, layers=["conv"])
-    threads = [threading.Thread(target=lambda: [step(model, X) for _ in range(10)]) for _ in range(4)]
+    model, done = net(), []
+    threads = [threading.Thread(target=lambda: done.extend(step(model, X) for _ in range(10))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert all(p.grad.isfinite().all() for p in model.parameters()) and scores is not None
+    assert not any(thread.is_alive() for thread in threads) and len(done) == 40
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -73,6 +73,11 @@ def test_pieces_of_several_kinds_are_folded_too():
             assert torch.equal(got, want)
 
 
+def test_pieces_of_other_sample_counts_are_refused():
+    with pytest.raises(RuntimeError, match="size"):
+        Folding(torch.tensor([0, 1]), 2)(torch.zeros(3, 1), torch.zeros(2, 1))
+
+
 def test_a_kernel_refuses_runs_that_reach_outside(by):
     if by == "torch":
         pytest.skip("torch's own indexing refuses by itself")

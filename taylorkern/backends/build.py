@@ -98,7 +98,11 @@ class Wanted:
         """The kernels in ``folder``, where this build is there with all its libraries, each of them sound."""
         try:
             description = json.loads((folder / "build.json").read_text())
-            found = {part.name: _sound_library(folder, part) for part in PARTS if part.name in description["libraries"]}
+            # What can't be compiled anew may lack what is not needed.
+            asked = [
+                part for part in PARTS if part.name in description["libraries"] and (part.needed or self.toolchain)
+            ]
+            found = {part.name: _sound_library(folder, part) for part in asked}
             fits = description["facts"] == self.facts and all(found.values())
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -213,9 +217,11 @@ def _compile(tools: Toolchain, key: str, work: Path) -> None:
 
 
 def _first_failure(output: str, length: int = 20) -> str:
-    """What ninja says of the first failure, up to the command that it goes on with; or its last words."""
+    """What ninja says of the first failure, of a needed part's if there is one, or its last words."""
     lines = output.strip().splitlines()
-    begin = next((i for i, line in enumerate(lines) if line.startswith("FAILED")), max(0, len(lines) - length))
+    failed = [i for i, line in enumerate(lines) if line.startswith("FAILED")]
+    needed = [i for i in failed if any(f"{part.name}." in lines[i] for part in PARTS if part.needed)]
+    begin = next(iter(needed + failed), max(0, len(lines) - length))
     told = lines[begin : begin + length]
     return "\n".join(takewhile(lambda line: not line.startswith("["), told))
 

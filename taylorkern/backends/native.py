@@ -180,6 +180,7 @@ def folds(pieces: Sequence[Tensor]) -> bool:
     dtype = pieces[0].dtype
     return isinstance(_outcome, build.Library) and all(
         type(t) is Tensor
+        and len(t) == len(pieces[0])
         and t.dtype is dtype
         and dtype in _ACCUMULATORS
         and t.is_cpu
