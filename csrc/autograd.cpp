@@ -96,12 +96,12 @@ bool fits(const Tensor& x) {
   return plain(x) && x.dim() >= 2 && x.numel() > x.size(1) && code(x.scalar_type()) && dense(x);
 }
 
-// Whether x, what tells act' and the [C] tensors are as forward has saved them: a hook may have put others in their place.
+// Whether x, the mask and the [C] tensors are as forward has saved them: a hook may have put others in their place.
 bool kept(const variable_list& saved) {
-  const Tensor &x = saved[0], &tells = saved[1];
+  const Tensor &x = saved[0], &mask = saved[1];
   if (!fits(x)) return false;
-  const bool good = !tells.defined() || (plain(tells) && tells.sizes() == x.sizes() && tells.is_contiguous(*dense(x)) &&
-                                         (tells.scalar_type() == at::kBool || tells.scalar_type() == x.scalar_type()));
+  const bool good = !mask.defined() || (plain(mask) && mask.scalar_type() == at::kBool && mask.sizes() == x.sizes() &&
+                                        mask.is_contiguous(*dense(x)));
   const auto channels = [&](const Tensor& t) { return !t.defined() || fits_channels(t, x); };
   return good && std::all_of(saved.begin() + 2, saved.end(), channels);
 }
@@ -140,8 +140,7 @@ struct Inputs {
 
 // What a forward has made of its inputs, without gradients
 struct Ran {
-  Tensor y, mean, var;
-  Tensor tells;  // what tells act' behind an addition: y for relu, which the next layer keeps anyway, or a mask
+  Tensor y, mean, var, mask;  // mask: defined where the backward needs it
   Settings settings;
 };
 
@@ -150,7 +149,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
   // Nothing is computed here: y gets its history.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& residual, const Optional& weight,
                         const Optional& bias, const Optional& z, const Ran& ran) {
-    ctx->save_for_backward({x, ran.tells, weight.value_or(Tensor()), bias.value_or(Tensor()), ran.mean, ran.var});
+    ctx->save_for_backward({x, ran.mask, weight.value_or(Tensor()), bias.value_or(Tensor()), ran.mean, ran.var});
     // Which of the inputs that are there each one is, as needs_input_grad counts them
     int64_t count = 1;
     const auto number = [&](const Optional& t) { return t ? count++ : int64_t{-1}; };
@@ -184,9 +183,8 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
   // dx, dresidual, dweight, dbias, s
   static variable_list gradients(const Tensor& given, const variable_list& saved, const Settings& settings,
                                  bool joined) {
-    const Tensor &x = saved[0], &tells = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4], &var = saved[5];
+    const Tensor &x = saved[0], &mask = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4], &var = saved[5];
     const Tensor dy = given.contiguous(*dense(x));
-    const Tensor mask = !tells.defined() || tells.scalar_type() == at::kBool ? tells : tells.ne(0);
     const Tensor dx = at::empty_like(x), dweight = per_channel(x), dbias = per_channel(x), s = per_sample(x);
     const Tensor dz = joined && mask.defined() ? at::empty_like(x) : Tensor();
     const BatchNormActBackward args{shape(x),        data(dy),      data(x),           data(mask),        data(weight),
@@ -247,11 +245,9 @@ Ran run_fused(const Inputs& in, double momentum, Activation activation, double s
   Ran ran{at::empty_like(x), Tensor(), Tensor(), Tensor(), {in.training, in.eps, activation, slope}};
   ran.mean = in.training ? per_channel(x) : copied(in.running_mean, x);
   ran.var = in.training ? per_channel(x) : copied(in.running_var, x);
-  const bool tells = in.residual && activation != Activation::none, by_output = activation == Activation::relu;
-  const Tensor mask = tells && !by_output ? at::empty_like(x, x.options().dtype(at::kBool)) : Tensor();
-  if (tells) ran.tells = by_output ? ran.y : mask;
+  if (in.residual && activation != Activation::none) ran.mask = at::empty_like(x, x.options().dtype(at::kBool));
   const Tensor residual = in.residual ? in.residual->contiguous(*dense(x)) : Tensor();
-  connected.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(mask),
+  connected.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(ran.mask),
                      data(ran.mean), data(ran.var), in.eps, in.training, activation, slope},
                     at::get_num_threads());
   if (in.training && in.running_mean && in.running_var) {

@@ -115,9 +115,7 @@ class FusedBatchNormAct(torch.autograd.Function):
         y, *made = ops.batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, *settings)
         mean, var, mask = made
         follow(mean, var)
-        # The next layer keeps a ReLU's output anyway, so that it tells act' without a byte of memory.
-        tells = y if settings[1] == "relu" else mask
-        _keep(ctx, x, residual, weight, bias, mean, var, tells, training, *settings)
+        _keep(ctx, x, residual, weight, bias, mean, var, mask, training, *settings)
         return y
 
     @staticmethod
@@ -137,12 +135,12 @@ def attach(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 def _keep(
-    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, tells: Any,
+    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, mask: Any,
     training: bool, eps: float, activation: str, slope: float,
 ) -> None:  # fmt: skip
     ctx.training, ctx.eps, ctx.activation, ctx.slope = training, eps, activation, slope
     ctx.masked = residual is not None and activation != "none"
-    ctx.save_for_backward(x, tells if ctx.masked else None, weight, bias, mean, var)
+    ctx.save_for_backward(x, mask if ctx.masked else None, weight, bias, mean, var)
 
 
 def gradients(
@@ -159,7 +157,7 @@ def gradients(
 def overwritten() -> None:
     """Raises the InplaceError of a normalisation that finds its input changed."""
     raise InplaceError(
-        "the input, output or weight of a scored batch normalisation was overwritten in place before backward, and its "
+        "the input or weight of a scored batch normalisation was overwritten in place before backward, and its "
         "score needs the value; use the out-of-place form of that operation"
     )
 
@@ -167,12 +165,11 @@ def overwritten() -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dweight, dbias and s of what ``_keep`` has kept."""
     try:
-        x, tells, weight, bias, mean, var = ctx.saved_tensors
+        x, mask, weight, bias, mean, var = ctx.saved_tensors
     except RuntimeError as error:
         if not _overwritten(error):
             raise
         overwritten()
-    mask = tells if tells is None or tells.dtype is torch.bool else tells.ne(0)
     apart = ctx.masked and ctx.needs_input_grad[1]  # else the residual's gradient is dy, or not wanted
     dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
         dy, x, mask, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, apart
