@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_batch_norm.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -15,6 +16,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string_view>
 
 #include "ops.h"
@@ -36,6 +38,8 @@ struct Connected {
   PyObject* overwritten;  // raises the error of a saved tensor that was overwritten
 };
 Connected connected{};
+
+std::atomic<int64_t> written_over{0};  // gradients that came in, by what went out
 
 struct WithoutGil {
   PyThreadState* const state = PyEval_SaveThread();
@@ -96,14 +100,20 @@ bool fits(const Tensor& x) {
   return plain(x) && x.dim() >= 2 && x.numel() > x.size(1) && code(x.scalar_type()) && dense(x);
 }
 
-// Whether x, the mask and the [C] tensors are as forward has saved them: a hook may have put others in their place.
+// Whether x, what tells act' and the [C] tensors are as forward has saved them: a hook may have put others in their place.
 bool kept(const variable_list& saved) {
-  const Tensor &x = saved[0], &mask = saved[1];
+  const Tensor &x = saved[0], &told = saved[1];
   if (!fits(x)) return false;
-  const bool good = !mask.defined() || (plain(mask) && mask.scalar_type() == at::kBool && mask.sizes() == x.sizes() &&
-                                        mask.is_contiguous(*dense(x)));
+  const bool good = !told.defined() || (plain(told) && told.sizes() == x.sizes() && told.is_contiguous(*dense(x)) &&
+                                        (told.scalar_type() == at::kBool || told.scalar_type() == x.scalar_type()));
   const auto channels = [&](const Tensor& t) { return !t.defined() || fits_channels(t, x); };
   return good && std::all_of(saved.begin() + 2, saved.end(), channels);
+}
+
+// Whether nobody else has t, nor its memory: what torch asks before it adds to a gradient in place
+bool ours(const Tensor& t) {
+  return t.use_count() == 1 && t.storage().use_count() == 1 &&
+         t.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 
 // Whether nobody follows single operations or changes what they do: no mode, transform, tracer, profiler or dual number
@@ -140,7 +150,8 @@ struct Inputs {
 
 // What a forward has made of its inputs, without gradients
 struct Ran {
-  Tensor y, mean, var, mask;  // mask: defined where the backward needs it
+  Tensor y, mean, var;
+  Tensor told;  // what tells act' behind an addition: relu's y, which the next layer keeps anyway, or a mask
   Settings settings;
 };
 
@@ -149,7 +160,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
   // Nothing is computed here: y gets its history.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& residual, const Optional& weight,
                         const Optional& bias, const Optional& z, const Ran& ran) {
-    ctx->save_for_backward({x, ran.mask, weight.value_or(Tensor()), bias.value_or(Tensor()), ran.mean, ran.var});
+    ctx->save_for_backward({x, ran.told, weight.value_or(Tensor()), bias.value_or(Tensor()), ran.mean, ran.var});
     // Which of the inputs that are there each one is, as needs_input_grad counts them
     int64_t count = 1;
     const auto number = [&](const Optional& t) { return t ? count++ : int64_t{-1}; };
@@ -183,16 +194,22 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
   // dx, dresidual, dweight, dbias, s
   static variable_list gradients(const Tensor& given, const variable_list& saved, const Settings& settings,
                                  bool joined) {
-    const Tensor &x = saved[0], &mask = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4], &var = saved[5];
+    const Tensor &x = saved[0], &told = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4], &var = saved[5];
+    const bool by_mask = told.defined() && told.scalar_type() == at::kBool;
+    const Tensor mask = by_mask ? told : Tensor(), y = by_mask ? Tensor() : told;
+    const bool apart = joined && told.defined();  // else the residual's gradient is dy
+    const bool spare = ours(given) && (apart || !joined) && whole_lines(shape(x));
     const Tensor dy = given.contiguous(*dense(x));
-    const Tensor dx = at::empty_like(x), dweight = per_channel(x), dbias = per_channel(x), s = per_sample(x);
-    const Tensor dz = joined && mask.defined() ? at::empty_like(x) : Tensor();
-    const BatchNormActBackward args{shape(x),        data(dy),      data(x),           data(mask),        data(weight),
-                                    data(bias),      data(mean),    data(var),         data(dx),          data(dz),
-                                    data(dweight),   data(dbias),   data(s),           settings.eps,      settings.training,
-                                    settings.activation, settings.slope};
+    const Tensor dx = spare && !(apart && y.defined()) ? dy : at::empty_like(x);
+    const Tensor dz = !apart ? Tensor() : spare && y.defined() ? dy : at::empty_like(x);
+    const Tensor dweight = per_channel(x), dbias = per_channel(x), s = per_sample(x);
+    const BatchNormActBackward args{shape(x),   data(dy),  data(x),   data(mask),   data(y),
+                                    data(weight), data(bias), data(mean), data(var),    data(dx),
+                                    data(dz),   data(dweight), data(dbias), data(s),    settings.eps,
+                                    settings.training, settings.activation, settings.slope};
     connected.backward(args, at::get_num_threads());
-    return {dx, mask.defined() ? dz : given, dweight, dbias, s};
+    written_over += spare;
+    return {dx, apart ? dz : given, dweight, dbias, s};
   }
 
   static variable_list in_python(const Tensor& dy, const variable_list& saved, const Settings& settings, bool joined) {
@@ -245,9 +262,11 @@ Ran run_fused(const Inputs& in, double momentum, Activation activation, double s
   Ran ran{at::empty_like(x), Tensor(), Tensor(), Tensor(), {in.training, in.eps, activation, slope}};
   ran.mean = in.training ? per_channel(x) : copied(in.running_mean, x);
   ran.var = in.training ? per_channel(x) : copied(in.running_var, x);
-  if (in.residual && activation != Activation::none) ran.mask = at::empty_like(x, x.options().dtype(at::kBool));
+  const bool telling = in.residual && activation != Activation::none, by_output = activation == Activation::relu;
+  const Tensor mask = telling && !by_output ? at::empty_like(x, x.options().dtype(at::kBool)) : Tensor();
+  if (telling) ran.told = by_output ? ran.y : mask;
   const Tensor residual = in.residual ? in.residual->contiguous(*dense(x)) : Tensor();
-  connected.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(ran.mask),
+  connected.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(mask),
                      data(ran.mean), data(ran.var), in.eps, in.training, activation, slope},
                     at::get_num_threads());
   if (in.training && in.running_mean && in.running_var) {
@@ -341,6 +360,9 @@ PyObject* takes(PyObject*, PyObject* const* a, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// How many gradients have been written over, for tests: no other way leads there without keeping the gradient.
+PyObject* count_of_written_over(PyObject*, PyObject* const*, Py_ssize_t) { return PyLong_FromLongLong(written_over); }
+
 // The kernels' addresses, and the two callables of `Connected`
 PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t) {
   connected = {reinterpret_cast<decltype(connected.forward)>(PyLong_AsSize_t(a[0])),
@@ -364,7 +386,7 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {method<takes, 5>("takes"), method<fused, 13>("fused"), method<gated, 11>("gated"),
-                         method<connect, 5>("connect"), {}};
+                         method<connect, 5>("connect"), method<count_of_written_over, 0>("written_over"), {}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "taylorkern_autograd", nullptr, -1, methods,
                        nullptr,               nullptr,               nullptr, nullptr};
 

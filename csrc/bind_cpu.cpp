@@ -39,7 +39,7 @@ void batch_norm_act(Address x, Address residual, Address weight, Address bias, A
   cpu::batch_norm_act(args, threads);
 }
 
-void batch_norm_act_backward(Address dy, Address x, Address mask, Address weight, Address bias, Address mean,
+void batch_norm_act_backward(Address dy, Address x, Address mask, Address y, Address weight, Address bias, Address mean,
                              Address var, Address dx, Address dresidual, Address dweight, Address dbias, Address s,
                              double eps, bool training, int activation, double slope, int64_t N, int64_t C, int64_t S,
                              int layout, int dtype, int threads) {
@@ -49,6 +49,7 @@ void batch_norm_act_backward(Address dy, Address x, Address mask, Address weight
                                   required("dy", dy, elements),
                                   required("x", x, elements),
                                   optional(mask),
+                                  optional(y),
                                   optional(weight),
                                   optional(bias),
                                   required("mean", mean, C),
@@ -83,14 +84,24 @@ void follow(Address mean, Address var, Address running_mean, Address running_var
 
 // s: the pieces' addresses, and how many channels each has; runs: [count] of FoldRun
 void fold(const std::vector<Address>& s, const std::vector<int64_t>& channels, Address runs, Address sums,
-          Address squares, int64_t N, int64_t U, int64_t count, int dtype) {
+          Address squares, int64_t N, int64_t U, int64_t count, int dtype, int threads) {
   const Shape shape = checked_shape(N, U, 1, 0, dtype);
   std::vector<FoldPiece> pieces;
   for (size_t i = 0; i < s.size(); ++i) pieces.push_back({required("s", s[i], N * channels.at(i)), channels.at(i)});
   const auto* found = static_cast<const FoldRun*>(required("runs", runs, count));
   for (int64_t i = 0; i < count; ++i) checked_run(found[i], pieces, U);
   cpu::fold({N, U, count, shape.dtype, pieces.data(), found, static_cast<double*>(required("sums", sums, U)),
-             static_cast<double*>(required("squares", squares, U))});
+             static_cast<double*>(required("squares", squares, U))},
+            threads);
+}
+
+bool accumulate(const std::vector<Address>& to, const std::vector<Address>& from, const std::vector<int64_t>& counts) {
+  std::vector<Addend> addends;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    addends.push_back({static_cast<const double*>(required("from", from.at(i), counts[i])),
+                       static_cast<double*>(required("to", to.at(i), counts[i])), counts[i]});
+  }
+  return cpu::accumulate(addends.data(), static_cast<int64_t>(addends.size()));
 }
 
 }  // namespace
@@ -101,6 +112,7 @@ void bind_cpu(py::module_& module) {
   module.def("batch_norm_act_backward", &batch_norm_act_backward);
   module.def("follow", &follow);
   module.def("fold", &fold);
+  module.def("accumulate", &accumulate);
   // For the library that calls kernels without Python in between
   const auto address = [](auto* function) { return reinterpret_cast<Address>(function); };
   module.attr("addresses") = py::make_tuple(address(&cpu::batch_norm_act), address(&cpu::batch_norm_act_backward),

@@ -7,7 +7,7 @@
 // All [N, C, S] tensors of one call share the layout and the dtype. [C] and [N, C] tensors are contiguous and hold the
 // accumulation type `acc`: double for f64, float otherwise. Nothing needs more alignment than its element type.
 //
-// No output may overlap an input or another output. Any of N, C, S may be 0; a pointer to no elements may be null.
+// No output may overlap an input or another output, but where an operation says so. Any of N, C, S may be 0; a pointer to no elements may be null.
 // Sums are taken in an order that depends on the shape alone: the same inputs give the same bits with any number of
 // threads.
 #pragma once
@@ -25,6 +25,15 @@ struct Shape {
   Layout layout;
   Dtype dtype;
 };
+
+constexpr int64_t kCacheLine = 64;
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// Whether every row, of channels or of positions, is made of whole cache lines, and so of whole registers
+inline bool whole_lines(const Shape& shape) {
+  return (shape.layout == Layout::channels_last ? shape.C : shape.S) * bytes_of(shape.dtype) % kCacheLine == 0;
+}
 
 // s[n,c] = sum_S a * g
 struct ChannelScores {
@@ -53,16 +62,18 @@ struct BatchNormAct {
   double slope;
 };
 
-// dz = dy * act'(z). Where the forward's mask is given it says where act' is 1; else z is computed from x by the forward's
-// own expression (right only if there was no residual).
+// dz = dy * act'(z). Where the forward's mask is given it says where act' is 1, and where relu's y is given it does, being
+// positive there; else z is computed from x by the forward's own expression (right only if there was no residual).
 // xhat = (x - mean) / sqrt(var + eps), A[n,c] = sum_S xhat * dz, B[n,c] = sum_S dz, M = N * S:
 //   s = weight * A + bias * B,  dweight = sum_N A,  dbias = sum_N B
 //   training: dx = scale * (dz - dbias / M - xhat * dweight / M);  otherwise: dx = scale * dz
+// Where rows are whole cache lines, dx may be written over dy, or dresidual may if y is given.
 struct BatchNormActBackward {
   Shape shape;
   const void* dy;      // [N, C, S]
   const void* x;       // [N, C, S]
   const void* mask;    // [N, C, S] bytes or null
+  const void* y;       // [N, C, S] or null: the forward's, of relu, in the place of a mask
   const void* weight;  // [C] acc or null: ones
   const void* bias;    // [C] acc or null: zeros
   const void* mean;    // [C] acc, as the forward used it
@@ -110,6 +121,13 @@ struct Fold {
   double* squares;          // [U], written
 };
 
+// to[i] += from[i] for all `count` numbers
+struct Addend {
+  const double* from;
+  double* to;
+  int64_t count;
+};
+
 namespace cpu {
 
 // threads: how many may work; it never changes a bit of the result.
@@ -117,7 +135,9 @@ void channel_scores(const ChannelScores& args, int threads);
 void batch_norm_act(const BatchNormAct& args, int threads);
 void batch_norm_act_backward(const BatchNormActBackward& args, int threads);
 void follow(const RunningStatistics& args);
-void fold(const Fold& args);
+void fold(const Fold& args, int threads);
+// Adds everything, or nothing where one number to be added is not finite; says which.
+bool accumulate(const Addend* addends, int64_t count);
 
 }  // namespace cpu
 }  // namespace taylorkern

@@ -85,7 +85,7 @@ class BatchNormAct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, residual, weight, bias, _, _, _, mean, var, mask, *settings = inputs
-        _keep(ctx, x, residual, weight, bias, mean, var, mask, *settings)
+        _keep(ctx, x, residual, weight, bias, mean, var, output, mask, *settings)
 
     @staticmethod
     @differentiable_once
@@ -115,7 +115,7 @@ class FusedBatchNormAct(torch.autograd.Function):
         y, *made = ops.batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, *settings)
         mean, var, mask = made
         follow(mean, var)
-        _keep(ctx, x, residual, weight, bias, mean, var, mask, training, *settings)
+        _keep(ctx, x, residual, weight, bias, mean, var, y, mask, training, *settings)
         return y
 
     @staticmethod
@@ -135,12 +135,13 @@ def attach(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 def _keep(
-    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, mask: Any,
-    training: bool, eps: float, activation: str, slope: float,
+    ctx: Any, x: Tensor, residual: Any, weight: Any, bias: Any, mean: Tensor, var: Tensor, y: Tensor,
+    mask: Any, training: bool, eps: float, activation: str, slope: float,
 ) -> None:  # fmt: skip
     ctx.training, ctx.eps, ctx.activation, ctx.slope = training, eps, activation, slope
-    ctx.masked = residual is not None and activation != "none"
-    ctx.save_for_backward(x, mask if ctx.masked else None, weight, bias, mean, var)
+    told = ops.told(residual, activation, y, mask)
+    ctx.told = told is not None
+    ctx.save_for_backward(x, told, weight, bias, mean, var)
 
 
 def gradients(
@@ -149,7 +150,7 @@ def gradients(
     """What csrc/autograd.cpp leaves to Python, where a gradient or the moment is unusual: see ``_gradients``."""
     kept = SimpleNamespace(
         saved_tensors=saved, training=training, eps=eps, activation=ops.ACTIVATIONS[activation], slope=slope,
-        masked=saved[1] is not None, needs_input_grad=(True, apart),
+        told=saved[1] is not None, needs_input_grad=(True, apart),
     )  # fmt: skip
     return _once(kept, dy)
 
@@ -157,7 +158,7 @@ def gradients(
 def overwritten() -> None:
     """Raises the InplaceError of a normalisation that finds its input changed."""
     raise InplaceError(
-        "the input or weight of a scored batch normalisation was overwritten in place before backward, and its "
+        "the input, output or weight of a scored batch normalisation was overwritten in place before backward, and its "
         "score needs the value; use the out-of-place form of that operation"
     )
 
@@ -165,16 +166,18 @@ def overwritten() -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dweight, dbias and s of what ``_keep`` has kept."""
     try:
-        x, mask, weight, bias, mean, var = ctx.saved_tensors
+        x, told, weight, bias, mean, var = ctx.saved_tensors
     except RuntimeError as error:
         if not _overwritten(error):
             raise
         overwritten()
-    apart = ctx.masked and ctx.needs_input_grad[1]  # else the residual's gradient is dy, or not wanted
+    if told is not None and ctx.activation != "relu":
+        told = told.bool()  # a hook on saved tensors may have made something else of the mask
+    apart = ctx.told and ctx.needs_input_grad[1]  # else the residual's gradient is dy, or not wanted
     dx, dz, dweight, dbias, s = ops.batch_norm_act_backward(
-        dy, x, mask, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, apart
+        dy, x, told, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.slope, apart
     )
-    return dx, dz if ctx.masked else dy, _as(dweight, weight), _as(dbias, bias), s
+    return dx, dz if ctx.told else dy, _as(dweight, weight), _as(dbias, bias), s
 
 
 _once = differentiable_once(_gradients)

@@ -78,14 +78,14 @@ def batch_norm_act(
     ``x`` and ``residual`` are [N, C, *S]; ``weight``, ``bias`` and the running statistics are [C], of any float
     dtype. In training, ``mean`` and ``var`` are the batch's, over N and S, ``var`` biased; otherwise they are the
     running ones. ``activation`` is one of ``ACTIVATIONS``; "leaky_relu" has ``slope`` below 0. Returns y (dtype and
-    layout of x), mean, var ([C], accumulator's dtype) and the mask that backward needs with a residual and a maskable
-    activation other than "none": bool, in the shape and layout of x, true where act' is 1; else it is empty, [0].
-    The running statistics are not updated here.
+    layout of x), mean, var ([C], accumulator's dtype) and the mask that backward needs with a residual and "relu6" or
+    "leaky_relu": bool, in the shape and layout of x, true where act' is 1; else it is empty, [0]. The running
+    statistics are not updated here.
 
     Raises ValueError for an unknown activation, or where running statistics are needed and missing.
 
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> y, mean, var, mask = batch_norm_act(x, 0 * x, None, None, None, None, True, 0.0, "relu")
+    >>> y, mean, var, mask = batch_norm_act(x, 0 * x, None, None, None, None, True, 0.0, "relu6")
     >>> y.tolist(), mean.item(), var.item(), mask.tolist()
     ([[0.0], [1.0]], 2.0, 1.0, [[False], [True]])
     """
@@ -120,8 +120,9 @@ def batch_norm_act_backward(
         dx = weight / sqrt(var + eps) · (dz - (dbias + x̂·dweight) / M)      in training, M = N·|S|
         dx = weight / sqrt(var + eps) · dz                                  otherwise
 
-    ``mask`` is the forward's, or None: then z is computed from x, which is right only if there was no residual. The
-    gradients of "silu" and "hardswish" can't be told from a mask, so they take None only.
+    ``mask`` is the forward's mask, or the forward's y where the activation is "relu", or None: then z is computed from
+    x, which is right only if there was no residual (see :func:`told`). The gradients of "silu" and "hardswish" can't be
+    told from a mask, so they take None only.
     Returns dx (like x), dresidual (dz if ``residual_grad``, else an empty tensor), dweight and dbias ([C], acc)
     and s ([N, C], acc).
 
@@ -136,6 +137,10 @@ def batch_norm_act_backward(
     _check_activation(activation)
     if mask is not None and not maskable(activation):
         raise ValueError(f"the gradient of {activation} can't be told from a mask: pass None, without a residual")
+    if mask is not None and mask.dtype is not torch.bool and activation != "relu":
+        raise ValueError(
+            f"{activation} needs a mask of bool, got {mask.dtype}; only relu's own output does in its place"
+        )
     return _called(
         "batch_norm_act_backward",
         dy, x, mask, weight, bias, mean, var, training, eps, activation, slope, residual_grad,
@@ -154,8 +159,22 @@ def maskable(activation: str) -> bool:
 
 
 def masked(residual: Tensor | None, activation: str) -> bool:
-    """Whether :func:`batch_norm_act` makes a mask: only where its backward can't compute act' from x."""
-    return residual is not None and activation != "none" and maskable(activation)
+    """Whether :func:`batch_norm_act` makes a mask: only where nothing else tells its backward act'."""
+    return residual is not None and activation in ("relu6", "leaky_relu")
+
+
+def told(residual: Tensor | None, activation: str, y: Tensor, mask: Tensor) -> Tensor | None:
+    """What tells :func:`batch_norm_act_backward` act', of what the forward has made: its ``mask`` argument.
+
+    Behind an addition that is relu's ``y``, which the next layer keeps anyway, or the mask. Otherwise x tells it.
+
+    >>> y, mask = torch.ones(2, 3), torch.empty(0, dtype=torch.bool)
+    >>> told(torch.zeros(2, 3), "relu", y, mask) is y, told(None, "relu", y, mask)
+    (True, None)
+    """
+    if residual is None or activation == "none":
+        return None
+    return y if activation == "relu" else mask
 
 
 def followed() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 
-from . import weights
+from . import backends, weights
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
@@ -282,17 +282,14 @@ class Scores:
         if not arrived:
             return
         minibatch = self._minibatch(arrived)
-        values = torch.cat([value.flatten() for value in minibatch.values()])
-        device = values.device
-        # Nought times anything is nought, but for what is not finite: half a pass, where isfinite() takes four.
-        finite = (values * 0).sum() == 0
-        kept = torch.where(finite, values, 0.0).split([value.numel() for value in minibatch.values()])
-        for (name, value), more in zip(minibatch.items(), kept, strict=True):
-            self._sums[name] = self._sums[name].to(device) + more.view_as(value)
+        device = minibatch["gate"].device
+        totals = [self._sums[name].to(device) for name in minibatch]
+        found, finite = backends.accumulate(totals, [*minibatch.values()])
+        self._sums.update(zip(minibatch, found, strict=True))
         self._count = self._count.to(device) + finite
         self._curved = self._curved.to(device) + finite * (self._h is not None)
         self._h = None
-        self._dropped = self._dropped.to(device) + ~finite
+        self._dropped = self._dropped.to(device) + (1 - finite)
 
     def _discard(self) -> None:
         self._take()

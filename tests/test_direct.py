@@ -20,12 +20,13 @@ KINDS = {
     "sum": ("none", 0.0, True),
     "relu": ("relu", 0.0, False),
     "silu": ("silu", 0.0, False),
+    "sum and relu": ("relu", 0.0, True),
     "sum and relu6": ("relu6", 0.0, True),
     "sum and leaky relu": ("leaky_relu", 0.1, True),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-SHAPES = [(6, 11), (4, 11, 9), (3, 7, 5, 9), (4, 33, 1, 1), (1, 9, 6, 7), (2, 1, 3, 3), (2, 5, 3, 4, 2)]
+SHAPES = [(6, 11), (4, 11, 9), (3, 7, 5, 9), (4, 33, 1, 1), (3, 32, 4, 4), (1, 9, 6, 7), (2, 1, 3, 3), (2, 5, 3, 4, 2)]
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -87,11 +87,22 @@ def test_what_is_overwritten_before_backward(fused, what):
 def test_an_output_and_a_residual_may_be_overwritten():
     def overwrite(model, x):
         layer, other = model.bn1, x.clone()
-        y = fused_batch_norm(layer, layer.gate, x, other, "relu")
+        y = fused_batch_norm(layer, layer.gate, x, other, "relu6")  # of which torch keeps no output
         y.mul_(2)
         other.zero_()
         y.sin().sum().backward()
         return y.detach()
+
+    each(overwrite, 1)
+
+
+def test_an_overwritten_output_of_a_relu_behind_an_addition_is_refused():
+    def overwrite(model, x):
+        y = fused_batch_norm(model.bn1, model.bn1.gate, x, x.clone(), "relu")
+        y.mul_(2)
+        with pytest.raises(tk.InplaceError, match="overwritten in place"):
+            y.sin().sum().backward()
+        return x.detach()
 
     each(overwrite, 1)
 
@@ -171,12 +182,13 @@ HOOKS = {
 }
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
 @pytest.mark.parametrize("name", HOOKS)
-def test_saved_tensors_come_back_as_hooks_give_them(name):
+def test_saved_tensors_come_back_as_hooks_give_them(name, activation):
     def use(model, x):
         with saved_tensors_hooks(*HOOKS[name]):
             y = model.bn1(x)
-            z = fused_batch_norm(model.bn2, model.bn2.gate, y, x, "relu")
+            z = fused_batch_norm(model.bn2, model.bn2.gate, y, x, activation)
             z.sin().sum().backward()
         return z.detach()
 

@@ -73,6 +73,12 @@ def forward(backend, of, training, activation, residual, cast=lambda t: t):
     return backend.batch_norm_act(*map(cast, arguments))
 
 
+def told(made, activation, residual):
+    """What the backward takes to know act', of what ``forward`` has made."""
+    y, _, _, mask = made
+    return ops.told(y if residual else None, activation, y, mask)
+
+
 def backward(backend, of, mask, mean, var, training, activation, residual, cast=lambda t: t):
     arguments = (
         of["dy"],
@@ -137,13 +143,12 @@ def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
     # statistics of few values make 1 / std ill-conditioned, so both start from given ones
     for training, (activation, residual) in itertools.product((True, False), FORMS):
         mean, var = of["mean"], of["var"]
-        mask = forward(native, of, False, activation, True)[3] if residual else None
-        given = mask if ops.masked(of["residual"] if residual else None, activation) else None
+        given = told(forward(native, of, False, activation, residual), activation, residual)
         got = backward(native, of, given, mean, var, training, activation, residual)
-        # where z is computed the forward's mask for it decides, so that both are on the same side of a kink
-        if not residual and ops.maskable(activation) and activation != "none":
+        # where z is computed the forward with a residual of zeros decides, so that both are on the same side of a kink
+        if not residual and ops.maskable(activation):
             nothing = of | {"residual": torch.zeros_like(of["x"])}
-            given = forward(native, nothing, False, activation, True)[3]
+            given = told(forward(native, nothing, False, activation, True), activation, True)
         expected = backward(reference, of, given, mean, var, training, activation, residual, cast=wide)
         dx, dresidual, dweight, dbias, s = got
         assert dx.stride() == torch.empty_like(of["x"]).stride()
@@ -189,14 +194,13 @@ def test_statistics_of_a_constant_are_exact():
 def test_bits_do_not_depend_on_threads_or_repetition(shape, layout):
     def everything():
         of = batch_norm_inputs(shape, torch.float32, layout)
-        y, mean, var, mask = forward(native, of, True, "relu", True)
+        relu, relu6 = (forward(native, of, True, activation, True) for activation in ("relu", "relu6"))
         return [
             native.channel_scores(of["x"], of["dy"]),
-            y,
-            mean,
-            var,
-            mask,
-            *backward(native, of, mask, mean, var, True, "relu", True),
+            *relu,
+            *relu6,
+            *backward(native, of, told(relu, "relu", True), *relu[1:3], True, "relu", True),
+            *backward(native, of, told(relu6, "relu6", True), *relu6[1:3], True, "relu6", True),
         ]
 
     before = torch.get_num_threads()
@@ -214,7 +218,7 @@ def test_bits_do_not_depend_on_threads_or_repetition(shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_recomputed_mask_is_the_forwards_own(dtype, layout):
-    """dz seen through dbias and dresidual: act' from x is the forward's mask, bit for bit, also next to the kinks."""
+    """dz seen through dbias and dresidual: act' from x is what the forward tells, bit for bit, next to kinks too."""
     shape = (4, 37, 23, 3)
     of = batch_norm_inputs(shape, dtype, layout)
     of["bias"].zero_()
@@ -223,11 +227,12 @@ def test_recomputed_mask_is_the_forwards_own(dtype, layout):
     of["residual"].zero_()
     of["weight"] *= 8
     for training, activation in itertools.product((True, False), ("relu", "relu6", "leaky_relu")):
-        _, mean, var, mask = forward(native, of, training, activation, True)
+        made = forward(native, of, training, activation, True)
+        mean, var, given = *made[1:3], told(made, activation, True)
         from_x = backward(native, of, None, mean, var, training, activation, True)
-        from_mask = backward(native, of, mask, mean, var, training, activation, True)
-        assert 0.2 < float(mask.double().mean()) < 0.8
-        for a, b in zip(from_x, from_mask, strict=True):
+        from_given = backward(native, of, given, mean, var, training, activation, True)
+        assert 0.2 < float((given > 0).double().mean()) < 0.8
+        for a, b in zip(from_x, from_given, strict=True):
             assert torch.equal(a, b)
 
 
@@ -251,7 +256,7 @@ def test_missing_affine_is_one_and_zero():
     made = forward(native, ones, True, "relu", True)
     for got, expected in zip(forward(native, none, True, "relu", True), made, strict=True):
         assert torch.equal(got, expected)
-    _, mean, var, mask = made
+    mask, mean, var = told(made, "relu", True), *made[1:3]
     with_ones = backward(native, ones, mask, mean, var, True, "relu", False)
     for got, expected in zip(backward(native, none, mask, mean, var, True, "relu", False), with_ones, strict=True):
         assert torch.equal(got, expected)
@@ -281,14 +286,15 @@ def test_any_strides(view):
     kept = {name: t.clone() for name, t in of.items()}
     s = native.channel_scores(of["x"], of["dy"])
     assert distance(s, reference.channel_scores(of["x"], of["dy"])) < 1e-13
-    made = forward(native, of, True, "relu", True)
-    _, mean, var, mask = made
-    for got, expected in zip(made, forward(reference, of, True, "relu", True), strict=True):
-        assert got.stride() == expected.stride()
-        assert distance(got, expected) < 1e-13
-    got = backward(native, of, mask, mean, var, True, "relu", True)
-    for a, b in zip(got, backward(reference, of, mask, mean, var, True, "relu", True), strict=True):
-        assert distance(a, b) < 1e-12
+    for activation in ("relu", "relu6"):
+        made = forward(native, of, True, activation, True)
+        mean, var, given = *made[1:3], told(made, activation, True)
+        for got, expected in zip(made, forward(reference, of, True, activation, True), strict=True):
+            assert got.stride() == expected.stride()
+            assert distance(got, expected) < 1e-13
+        got = backward(native, of, given, mean, var, True, activation, True)
+        for a, b in zip(got, backward(reference, of, given, mean, var, True, activation, True), strict=True):
+            assert distance(a, b) < 1e-12
     for name, t in of.items():
         assert torch.equal(t, kept[name]), f"{name} was written to"
 
@@ -296,13 +302,14 @@ def test_any_strides(view):
 def test_layouts_may_differ_between_arguments():
     of = batch_norm_inputs((3, 18, 6, 5), torch.float64, "channels_last")
     mixed = of | {name: of[name].contiguous() for name in ("dy", "residual")}
-    made = forward(native, mixed, True, "relu", True)
-    y, mean, var, mask = made
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, mask))
-    assert all(map(torch.equal, made, forward(native, of, True, "relu", True)))
-    got = backward(native, mixed, mask.contiguous(), mean, var, True, "relu", True)
-    for a, b in zip(got, backward(native, of, mask, mean, var, True, "relu", True), strict=True):
-        assert torch.equal(a, b)
+    for activation in ("relu", "relu6"):
+        made = forward(native, mixed, True, activation, True)
+        mean, var, given = *made[1:3], told(made, activation, True)
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (made[0], given))
+        assert all(map(torch.equal, made, forward(native, of, True, activation, True)))
+        got = backward(native, mixed, given.contiguous(), mean, var, True, activation, True)
+        for a, b in zip(got, backward(native, of, given, mean, var, True, activation, True), strict=True):
+            assert torch.equal(a, b)
     assert torch.equal(native.channel_scores(of["x"], mixed["dy"]), native.channel_scores(of["x"], of["dy"]))
 
 
@@ -320,10 +327,10 @@ def test_tokens_last_are_channels_last():
 def test_empty_tensors(shape, layout):
     of = batch_norm_inputs(shape, torch.float32, layout)
     assert torch.equal(native.channel_scores(of["x"], of["dy"]), torch.zeros(shape[:2]))
-    y, mean, var, mask = forward(native, of, False, "relu", True)
+    y, mean, var, mask = forward(native, of, False, "relu6", True)
     assert y.shape == mask.shape == shape
     assert torch.equal(mean, of["mean"])
-    dx, _, dweight, dbias, s = backward(native, of, mask, mean, var, True, "relu", False)
+    dx, _, dweight, dbias, s = backward(native, of, mask, mean, var, True, "relu6", False)
     assert dx.shape == shape
     assert torch.equal(s, torch.zeros(shape[:2]))
     assert torch.equal(dweight, torch.zeros(shape[1]))
@@ -400,23 +407,28 @@ def test_masks_are_torchs_own_at_the_kinks(name, slope, backend, dtype):
     (gradient,) = torch.autograd.grad(expected, residual, dy)
     for layout in LAYOUTS:
         of = [in_layout(t, layout) for t in (x, residual.detach())]
-        y, _, _, mask = backend.batch_norm_act(*of, one, zero, zero, one, False, 0.0, name, slope)
+        made = backend.batch_norm_act(*of, one, zero, zero, one, False, 0.0, name, slope)
+        y, given = made[0], told(made, name, True)
         _, dresidual, *_ = backend.batch_norm_act_backward(
-            dy, of[0], mask, one, zero, zero, one, False, 0.0, name, slope, True
+            dy, of[0], given, one, zero, zero, one, False, 0.0, name, slope, True
         )
         torch.testing.assert_close(y, expected.detach(), equal_nan=True, rtol=0, atol=0, check_stride=False)
         number = ~residual.isnan().detach()  # at a NaN torch's relu6 is not of one mind with its relu
         torch.testing.assert_close(dresidual[number], gradient[number], rtol=0, atol=0)
-        assert torch.equal(mask[number], gradient[number] == 3.0)
-        assert bool((mask[~number] == (name != "leaky_relu")).all())
+        if name != "relu":  # which does without a mask
+            assert torch.equal(given[number], gradient[number] == 3.0)
+        assert bool(((dresidual[~number] == 3.0) == (name != "leaky_relu")).all())
 
 
 def test_masks_of_any_bool_are_read():
     """A mask from elsewhere may hold other bytes than 1."""
     of = batch_norm_inputs((3, 18, 6, 5), torch.float32, "contiguous")
-    _, mean, var, mask = forward(native, of, True, "relu", True)
+    y, mean, var, mask = forward(native, of, True, "relu6", True)
     other = (mask.to(torch.uint8) * 254).view(torch.bool)
-    for a, b in zip(*(backward(native, of, m, mean, var, True, "relu", True) for m in (mask, other)), strict=True):
+    for a, b in zip(*(backward(native, of, m, mean, var, True, "relu6", True) for m in (mask, other)), strict=True):
+        assert torch.equal(a, b)
+    # relu takes a mask as well as its y
+    for a, b in zip(*(backward(native, of, m, mean, var, True, "relu", True) for m in (y, y > 0)), strict=True):
         assert torch.equal(a, b)
 
 

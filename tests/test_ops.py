@@ -66,7 +66,7 @@ def expected(x, residual, weight, bias, mean, var, dy, training, activation):
 
 def computed(x, residual, weight, bias, mean, var, dy, training, activation):
     y, m, v, mask = ops.batch_norm_act(x, residual, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
-    saved = mask if ops.masked(residual, activation) else None
+    saved = ops.told(residual, activation, y, mask)
     dx, dresidual, dweight, dbias, s = ops.batch_norm_act_backward(
         dy, x, saved, weight, bias, m, v, training, 1e-5, activation, SLOPE, residual is not None
     )
@@ -121,15 +121,16 @@ def test_layouts_of_activation_and_gradient_may_differ():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_output_keeps_dtype_and_layout(dtype, layout):
     x, r, weight, bias, mean, var, dy = inputs((2, 16, 6, 6), layout, True, dtype)
-    y, m, _, mask = ops.batch_norm_act(x, r, weight, bias, mean, var, True, 1e-5, "relu")
-    dx, dresidual, dweight, _, s = ops.batch_norm_act_backward(
-        dy, x, mask, weight, bias, m, var, True, 1e-5, "relu", 0.0, True
-    )
-    for t in (y, dx, dresidual):
-        assert t.dtype == dtype and t.stride() == x.stride()
-    assert mask.dtype == torch.bool and mask.stride() == x.stride()
-    for t in (m, dweight, s):
-        assert t.dtype == ops.accumulator(dtype)
+    for activation in ("relu", "relu6"):
+        y, m, _, mask = ops.batch_norm_act(x, r, weight, bias, mean, var, True, 1e-5, activation)
+        told = ops.told(r, activation, y, mask)
+        dx, dresidual, dweight, _, s = ops.batch_norm_act_backward(
+            dy, x, told, weight, bias, m, var, True, 1e-5, activation, 0.0, True
+        )
+        for t in (y, dx, dresidual, told):
+            assert t.dtype == (torch.bool if t is mask else dtype) and t.stride() == x.stride()
+        for t in (m, dweight, s):
+            assert t.dtype == ops.accumulator(dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -162,8 +163,9 @@ def test_opcheck(layout):
         x, r, weight, bias, mean, var, dy = inputs((3, 5, 4, 3), layout, residual)
         forward = (x, r, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
         opcheck(torch.ops.taylorkern.batch_norm_act.default, forward)
-        mask = ops.batch_norm_act(*forward)[3] if ops.masked(r, activation) else None
-        backward = (dy, x, mask, weight, bias, mean, var, training, 1e-5, activation, SLOPE, residual)
+        y, *_, mask = ops.batch_norm_act(*forward)
+        told = ops.told(r, activation, y, mask)
+        backward = (dy, x, told, weight, bias, mean, var, training, 1e-5, activation, SLOPE, residual)
         opcheck(torch.ops.taylorkern.batch_norm_act_backward.default, backward)
 
 
@@ -205,3 +207,5 @@ def test_bad_arguments_are_named():
     for activation in ("silu", "hardswish"):
         with pytest.raises(ValueError, match=f"the gradient of {activation} can't be told from a mask"):
             ops.batch_norm_act_backward(x, x, x > 0, None, None, x[0], x[0], True, 1e-5, activation)
+    with pytest.raises(ValueError, match=r"relu6 needs a mask of bool, got torch\.float32"):
+        ops.batch_norm_act_backward(x, x, x, None, None, x[0], x[0], True, 1e-5, "relu6")

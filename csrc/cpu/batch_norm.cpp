@@ -69,7 +69,7 @@ void forward(const BatchNormAct& args, const Partition& part, const L& layout, A
     auto z = normalise(load(pack, x + i), of(channels.scale), of(channels.shift));
     if (given<Residual>(residual)) z += load(pack, residual + i);
     if constexpr (kMasked<Act>) {
-      if (given<Residual>(mask)) store_mask(pack, mask + i, act.passes(z));
+      if (std::is_same_v<Residual, MaybeResidual> && mask) store_mask(pack, mask + i, act.passes(z));
     }
     store(pack, y + i, act.apply(z), streams);
   };
@@ -90,7 +90,7 @@ void batch_norm_act(const BatchNormAct& args, int threads) {
   const Partition part(args.shape, 1);
   dispatch(args.shape, part, [&](auto element, const auto& layout) {
     using T = decltype(element);
-    const bool alone = !args.residual && !args.mask, joined = args.residual && args.mask;
+    const bool alone = !args.residual && !args.mask, joined = args.residual && !args.mask;
     with_activation<Acc<T>>(args.activation, args.slope, alone, joined, [&](auto act, auto residual) {
       forward<T>(args, part, layout, act, residual, part.useful(threads));
     });

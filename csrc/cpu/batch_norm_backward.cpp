@@ -4,8 +4,8 @@
 namespace taylorkern::cpu {
 namespace {
 
-// With a residual the activation's gradient is told by the forward's mask, not by a z computed from x, and dz is written to
-// dresidual.
+// With a residual the activation's gradient is told by the forward's mask, or by relu's y, not by a z computed from x, and dz
+// is written to dresidual.
 template <class T, class L, class Act, class Residual>
 class Backward {
   using A = Acc<T>;
@@ -19,12 +19,16 @@ class Backward {
 
   const T* const x = static_cast<const T*>(args.x);
   const T* const dy = static_cast<const T*>(args.dy);
+  const T* const y = static_cast<const T*>(args.y);
   const uint8_t* const mask = static_cast<const uint8_t*>(args.mask);
   T* const dx = static_cast<T*>(args.dx);
   T* const dresidual = static_cast<T*>(args.dresidual);
   const A* const mean = static_cast<const A*>(args.mean);
   A* const s = static_cast<A*>(args.s);
-  const bool streams = part.streams(args.shape);
+  // Lines that have just been read are in the cache, and need not be written past it.
+  const bool streams = part.streams(args.shape), streams_dx = streams && dx != dy;
+  // The first pass has written dz over dy: the second one reads it instead of dy and y.
+  const bool replaced = args.training && dresidual == dy;
 
  public:
   Backward(const BatchNormActBackward& args, const Partition& part, const L& layout, Act act, int threads)
@@ -54,6 +58,7 @@ class Backward {
   template <class P, class V>
   TAYLORKERN_INLINE V activation_gradient(P pack, int64_t i, int64_t c, V x_value) const {
     const V dy_value = load(pack, dy + i);
+    if (given<Residual>(y)) return act.gradient(load(pack, y + i), dy_value);
     if constexpr (kMasked<Act>) {
       if (given<Residual>(mask)) {
         const V stopped = act.stopped(dy_value);
@@ -70,6 +75,9 @@ class Backward {
     double* const total[2] = {centred.get() + tile.slot * C, plain.get() + tile.slot * C};
     double* const sample[2] = {centred.get() + (part.slots() + worker) * C, plain.get() + (part.slots() + worker) * C};
     for (double* sums : total) std::fill(sums + tile.c0, sums + tile.c1, 0.0);
+    if constexpr (L::kBrief) {
+      if (layout.brief()) return reduce_brief(tile, total);
+    }
     for (int64_t n = tile.n0; n < tile.n1; ++n) {
       for (double* sums : sample) std::fill(sums + tile.c0, sums + tile.c1, 0.0);
       reduce_sample(tile, n, sample);
@@ -82,16 +90,36 @@ class Backward {
     }
   }
 
-  // sums: (x - mean) * dz and dz
-  void reduce_sample(const Tile& tile, int64_t n, double* const (&sums)[2]) const {
-    const bool last = !args.training;
-    layout.template reduce<A>(tile, n, sums, [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA {
-      const auto x_value = load(pack, x + i);
-      const auto dz = activation_gradient(pack, i, c, x_value);
-      out[0] += (x_value - layout.coefficient(pack, mean, c)) * dz;
-      out[1] += dz;
-      if (last) write(pack, i, dz, layout.coefficient(pack, channels.scale, c) * dz);
+  // The same where samples are brief: their sums need no memory.
+  void reduce_brief(const Tile& tile, double* const (&total)[2]) const {
+    const auto terms = [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA { add_terms(pack, i, c, out); };
+    layout.template each_sum<A, 2>(tile, terms, [&](auto pack, int64_t n, int64_t first, auto& out) TAYLORKERN_LAMBDA {
+      constexpr int64_t lanes = decltype(pack)::lanes;
+      A sums[2][kLanes<A>] = {};
+      for (int k = 0; k < 2; ++k) store(pack, sums[k], out[k]);
+      for_packs<double>(first + pack.overlap, first + lanes, [&](auto wide, int64_t c) TAYLORKERN_LAMBDA {
+        const auto of_centred = load_wide(wide, sums[0] + (c - first)), of_plain = load_wide(wide, sums[1] + (c - first));
+        add_to(wide, total[0] + c, of_centred);
+        add_to(wide, total[1] + c, of_plain);
+        write_score(wide, n, c, of_centred, of_plain);
+      });
     });
+  }
+
+  void reduce_sample(const Tile& tile, int64_t n, double* const (&sums)[2]) const {
+    layout.template reduce<A>(tile, n, sums, [&](auto pack, int64_t i, int64_t c, auto& out)
+                                                 TAYLORKERN_LAMBDA { add_terms(pack, i, c, out); });
+  }
+
+  // out: (x - mean) * dz and dz
+  template <class P, class V>
+  TAYLORKERN_INLINE void add_terms(P pack, int64_t i, int64_t c, V& out) const {
+    const auto x_value = load(pack, x + i);
+    const auto dz = activation_gradient(pack, i, c, x_value);
+    out[0] += (x_value - layout.coefficient(pack, mean, c)) * dz;
+    out[1] += dz;
+    if (replaced) store(pack, dresidual + i, dz);
+    if (!args.training) write(pack, i, dz, layout.coefficient(pack, channels.scale, c) * dz);
   }
 
   // s of one sample, from its sums
@@ -138,7 +166,7 @@ class Backward {
     layout.template each<A>(tile, [&](auto pack, int64_t i, int64_t c) TAYLORKERN_LAMBDA {
       const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
       const auto x_value = load(pack, x + i);
-      const auto dz = activation_gradient(pack, i, c, x_value);
+      const auto dz = replaced ? load(pack, dy + i) : activation_gradient(pack, i, c, x_value);
       const auto centre = of(mean), scale = of(channels.scale), level = of(channels.level), slope = of(channels.slope);
       write(pack, i, dz, input_gradient(dz, x_value, centre, scale, level, slope));
     });
@@ -147,8 +175,8 @@ class Backward {
 
   template <class P, class V>
   TAYLORKERN_INLINE void write(P pack, int64_t i, V dz, V dx_value) const {
-    if (given<Residual>(dresidual)) store(pack, dresidual + i, dz, streams);
-    store(pack, dx + i, dx_value, streams);
+    if (given<Residual>(dresidual) && !replaced) store(pack, dresidual + i, dz, streams);
+    store(pack, dx + i, dx_value, streams_dx);
   }
 };
 
@@ -158,7 +186,7 @@ void batch_norm_act_backward(const BatchNormActBackward& args, int threads) {
   const Partition part(args.shape, 2);
   dispatch(args.shape, part, [&](auto element, const auto& layout) {
     using T = decltype(element);
-    const bool alone = !args.mask && !args.dresidual, joined = args.mask && args.dresidual;
+    const bool alone = !args.mask && !args.y && !args.dresidual, joined = args.y && args.dresidual;
     with_activation<Acc<T>>(args.activation, args.slope, alone, joined, [&](auto act, auto residual) {
       using Pass = Backward<T, std::decay_t<decltype(layout)>, decltype(act), decltype(residual)>;
       const int workers = part.useful(threads);

@@ -2,6 +2,8 @@
 //   coefficient(pack, values, c)     what a [C] tensor holds for the lanes of a register that starts at channel c
 //   each(tile, body)                 body(pack, i, c) for all elements of the tile, from offset i and channel c on
 //   reduce(tile, n, sums, body)      sums[k][c] += sample n's terms, which body(pack, i, c, out) adds to out[k]
+//   kBrief                           whether there is a way of its own for samples of a few positions, brief() and
+//   each_sum(tile, body, finish)     finish(pack, n, c, out) with what body(pack, i, c, out) has added up over sample n
 //   moments(tile, x, mean, m2)       mean[c] and summed squared deviation m2[c] of the tile
 #pragma once
 
@@ -14,6 +16,7 @@ namespace taylorkern::cpu {
 
 struct ChannelsFirst {
   const Partition& part;
+  static constexpr bool kBrief = false;
 
   template <class P>
   static TAYLORKERN_INLINE auto coefficient(P pack, const typename P::acc* values, int64_t c) {
@@ -115,6 +118,7 @@ struct ChannelsFirst {
 
 struct ChannelsLast {
   const Partition& part;
+  static constexpr bool kBrief = true;
 
   template <class P>
   static TAYLORKERN_INLINE auto coefficient(P pack, const typename P::acc* values, int64_t c) {
@@ -140,6 +144,19 @@ struct ChannelsLast {
           add_to(pack, sums[k] + tile.c0 + c, load_wide(pack, band.get() + k * width + c));
         });
       }
+    }
+  }
+
+  bool brief() const { return part.whole_samples() && part.S <= 2 * kStrip; }
+
+  template <class A, int K, class Body, class Finish>
+  void each_sum(const Tile& tile, const Body& body, const Finish& finish) const {
+    for (int64_t n = tile.n0; n < tile.n1; ++n) {
+      for_packs<A>(tile.c0, tile.c1, [&](auto pack, int64_t c) TAYLORKERN_LAMBDA {
+        typename decltype(pack)::type out[K] = {};
+        for (int64_t row = n * part.S; row < (n + 1) * part.S; ++row) body(pack, row * part.C + c, c, out);
+        finish(pack, n, c, out);
+      });
     }
   }
 

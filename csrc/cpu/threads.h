@@ -10,7 +10,6 @@
 
 namespace taylorkern::cpu {
 
-constexpr int64_t kCacheLine = 64;
 constexpr int64_t kTileElements = 16384;      // fewer aren't worth a thread
 constexpr int64_t kMaxTiles = 64;             // bounds the scratch memory; also the most threads that can help
 constexpr int64_t kRowsPerTile = 16;          // a tile's positions come in multiples of it
@@ -20,8 +19,6 @@ constexpr int64_t kCacheBytes = 1 << 20;      // what a core's second-level cach
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
-
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // Channels [c0, c1), which `threads` share
 struct Range {
@@ -63,11 +60,10 @@ struct Partition {
   int64_t slots() const { return slots_n * slots_s; }
   bool whole_samples() const { return slots_s == 1; }
 
-  // Whether outputs are written past the caches: only where every row is made of whole cache lines, for a line that is
-  // written in two ways costs more than it saves
+  // Whether outputs are written past the caches: only where rows are whole cache lines, for a line that is written in two
+  // ways costs more than it saves
   bool streams(const Shape& shape) const {
-    const int64_t row = (shape.layout == Layout::channels_last ? C : S) * bytes_of(shape.dtype);
-    return row % kCacheLine == 0 && N * C * S * bytes_of(shape.dtype) >= kStreamBytes;
+    return whole_lines(shape) && N * C * S * bytes_of(shape.dtype) >= kStreamBytes;
   }
 
   // How many of the threads can help

@@ -1,6 +1,6 @@
 """The provider table: which backend serves an operation on a device. The only place that chooses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +43,16 @@ def follow(
     given = (running_mean, running_var, mean, var)
     backend = native if native.follows(*given) else reference
     backend.follow(*given, momentum, unbias)
+
+
+def accumulate(totals: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Sequence[Tensor], int | Tensor]:
+    """The sums of float64 tensors of one device, pair by pair, or ``totals`` where some of ``more`` is not finite.
+
+    They may be written to. The second result tells which: 1 or 0.
+    """
+    backend = native if native.accumulates(totals, more) else reference
+    found: tuple[Sequence[Tensor], int | Tensor] = backend.accumulate(totals, more)
+    return found
 
 
 for _operation in OPERATIONS:

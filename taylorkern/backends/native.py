@@ -131,6 +131,8 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``taylorkern::batch_norm_act_backward`` of :mod:`taylorkern.ops`."""
     frame = _Frame(x)
+    masked = mask is None or mask.dtype is torch.bool
+    mask, y = (mask, None) if masked else (None, mask)
     dx = frame.output()
     dresidual = frame.output() if residual_grad else None
     dweight, dbias, s = frame.per_channel(), frame.per_channel(), frame.per_sample()
@@ -139,6 +141,7 @@ def batch_norm_act_backward(
         frame.dense("dy", dy),
         frame.dense("x", x),
         frame.dense("mask", mask, torch.bool),
+        frame.dense("y", y),
         frame.vector("weight", weight),
         frame.vector("bias", bias),
         frame.vector("mean", mean),
@@ -200,9 +203,30 @@ def fold(pieces: Sequence[Tensor], runs: Tensor, count: int) -> Tensor:
     s, channels = [t.data_ptr() for t in pieces], [t.shape[1] for t in pieces]
     _kernels().fold(
         s, channels, runs.data_ptr(), found[0].data_ptr(), found[1].data_ptr(), len(pieces[0]), count, len(runs),
-        DTYPES[pieces[0].dtype],
+        DTYPES[pieces[0].dtype], torch.get_num_threads(),
     )  # fmt: skip
     return found
+
+
+def accumulates(totals: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
+    """Whether these are what :func:`accumulate` takes: as many float64 tensors of the same shapes, on the CPU."""
+    return isinstance(_outcome, build.Library) and all(
+        type(t) is Tensor
+        and t.dtype is torch.float64
+        and t.shape == of.shape
+        and t.is_cpu
+        and t.is_contiguous()
+        and not t.is_neg()
+        for pair in zip(totals, more, strict=True)
+        for t, of in (pair, pair[::-1])
+    )
+
+
+def accumulate(totals: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    """See :func:`taylorkern.backends.accumulate`."""
+    to, numbers = [t.data_ptr() for t in totals], [t.numel() for t in totals]
+    added: bool = _kernels().accumulate(to, [t.data_ptr() for t in more], numbers)
+    return totals, int(added)
 
 
 _ACCUMULATORS = (torch.float32, torch.float64)

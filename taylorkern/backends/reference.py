@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: any device, dtype and strides. The other backends are tested against this one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,8 @@ def batch_norm_act_backward(
     if mask is None:
         dz = ACTIVATIONS[activation].gradient(_affine(wide, weight, bias, mean, var, eps), dz, slope)
     else:
-        dz = KINKED[activation].masked(mask, dz, slope)
+        kinked = KINKED[activation]
+        dz = kinked.masked(mask if mask.dtype is torch.bool else kinked.passes(mask), dz, slope)
     A, B = _spatial_sum(xhat * dz), _spatial_sum(dz)  # [N, C]
     dweight, dbias = A.sum(0), B.sum(0)
     s = _scale(weight, A) * A + (0 if bias is None else bias.to(acc) * B)
@@ -128,6 +129,14 @@ def follow(
 ) -> None:
     running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.data.lerp_((var * unbias).to(running_var.dtype), momentum)
+
+
+def accumulate(totals: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    values = torch.cat([t.flatten() for t in more])
+    # Nought times anything is nought, but for what is not finite: half a pass, where isfinite() takes four.
+    finite = (values * 0).sum() == 0
+    kept = torch.where(finite, values, 0.0).split([t.numel() for t in more])
+    return [total + added.view_as(total) for total, added in zip(totals, kept, strict=True)], finite.long()
 
 
 def _statistics(

@@ -111,21 +111,27 @@ bool near_kink(Activation activation, double z) {
 }
 
 template <class T>
-void check_batch_norm(const Shape& shape, int threads, bool training, Activation activation, bool with_residual) {
+void check_batch_norm(const Shape& shape, int threads, bool training, Activation activation, bool with_residual,
+                      bool over_dy) {
   using A = cpu::Acc<T>;
   const int64_t N = shape.N, C = shape.C, S = shape.S, count = N * C * S;
   const double eps = 1e-5;
-  Buffer<T> x(count), residual(count), y(count), dy(count), dx(count), dresidual(count);
-  Buffer<uint8_t> mask(with_residual ? count : 0);
+  const bool by_y = with_residual && activation == Activation::relu, masked = with_residual && !by_y;
+  Buffer<T> x(count), residual(count), y(count), dy(count), other_dx(count), other_dresidual(count);
+  Buffer<uint8_t> mask(masked ? count : 0);
   Buffer<A> weight(C), bias(C), mean(C), var(C), dweight(C), dbias(C), s(N * C);
   for (int64_t c = 0; c < C; ++c) var.data()[c] = static_cast<A>(0.5 + std::abs(var[c]));
 
   cpu::batch_norm_act({shape, x.data(), with_residual ? residual.data() : nullptr, weight.data(), bias.data(), y.data(),
-                       with_residual ? mask.data() : nullptr, mean.data(), var.data(), eps, training, activation, kSlope},
+                       masked ? mask.data() : nullptr, mean.data(), var.data(), eps, training, activation, kSlope},
                       threads);
-  cpu::batch_norm_act_backward({shape, dy.data(), x.data(), with_residual ? mask.data() : nullptr, weight.data(),
-                                bias.data(), mean.data(), var.data(), dx.data(), with_residual ? dresidual.data() : nullptr,
-                                dweight.data(), dbias.data(), s.data(), eps, training, activation, kSlope},
+  Buffer<T> given = dy;  // for the kernel to read, and perhaps to write
+  Buffer<T>& dx = over_dy && !by_y ? given : other_dx;
+  Buffer<T>& dresidual = over_dy && by_y ? given : other_dresidual;
+  cpu::batch_norm_act_backward({shape, given.data(), x.data(), masked ? mask.data() : nullptr, by_y ? y.data() : nullptr,
+                                weight.data(), bias.data(), mean.data(), var.data(), dx.data(),
+                                with_residual ? dresidual.data() : nullptr, dweight.data(), dbias.data(), s.data(), eps,
+                                training, activation, kSlope},
                                threads);
 
   const double M = static_cast<double>(N * S);
@@ -148,14 +154,15 @@ void check_batch_norm(const Shape& shape, int threads, bool training, Activation
     };
     const auto slope_below = activation == Activation::leaky_relu ? kSlope : 0;
     const auto dz_at = [&](int64_t i) {
-      return dy[i] * (!with_residual ? slope_at(activation, z_at(i)) : mask[i] == 1 ? 1 : slope_below);
+      if (!with_residual) return dy[i] * slope_at(activation, z_at(i));
+      return dy[i] * ((masked ? mask[i] == 1 : y[i] > 0) ? 1 : slope_below);
     };
     for (int64_t n = 0; n < N; ++n) {
       double A_nc = 0, B_nc = 0;
       for (int64_t k = 0; k < S; ++k) {
         const int64_t i = offset(shape, n, c, k);
         expect("y", shape, y[i], activated(activation, z_at(i)), std::abs(z_at(i)) + std::abs(x[i]));
-        if (with_residual && !near_kink(activation, z_at(i))) {
+        if (masked && !near_kink(activation, z_at(i))) {
           expect("mask", shape, mask[i], slope_at(activation, z_at(i)) == 1, 0);
         }
         A_nc += (x[i] - mean[c]) * invstd * dz_at(i);
@@ -188,7 +195,8 @@ void check_fold(int64_t N, int64_t U, Dtype dtype) {
   const FoldPiece pieces[] = {{left.data(), first}, {right.data(), second}};
   std::vector<FoldRun> runs{{0, 0, U - first + (U == 1), first - (U == 1)}, {1, 0, 0, U}};
   for (int64_t c = 0; c + 1 < first; c += 2) runs.push_back({0, c, c / 2, 1});
-  cpu::fold({N, U, static_cast<int64_t>(runs.size()), dtype, pieces, runs.data(), sums.data(), squares.data()});
+  cpu::fold({N, U, static_cast<int64_t>(runs.size()), dtype, pieces, runs.data(), sums.data(), squares.data()},
+            3);
   for (int64_t u = 0; u < U; ++u) {
     double sum = 0, square = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -207,6 +215,21 @@ void check_fold(int64_t N, int64_t U, Dtype dtype) {
   }
 }
 
+// With a number that is not finite at `wrong` of the second pair, if that is inside, nothing is added.
+void check_accumulate(int64_t count, int64_t wrong, double value) {
+  Buffer<double> from(count), more(count), to(count), other(count);
+  const Buffer<double> before = to, before_other = other;
+  const bool spoilt = wrong < count;
+  if (spoilt) more.data()[wrong] = value;
+  const Addend addends[] = {{from.data(), to.data(), count}, {more.data(), other.data(), count}};
+  const Shape shape{1, count, 1, Layout::channels_first, Dtype::f64};
+  expect("accumulate", shape, cpu::accumulate(addends, 2), !spoilt, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    expect("a sum", shape, to[i], before[i] + (spoilt ? 0 : from[i]), 0);
+    expect("another sum", shape, other[i], before_other[i] + (spoilt ? 0 : more[i]), 0);
+  }
+}
+
 template <class T>
 void check(const Shape& shape) {
   const int threads = 3;
@@ -214,7 +237,10 @@ void check(const Shape& shape) {
   for (int flags = 0; flags < 4; ++flags) {
     const bool with_residual = flags & 2;
     for (int code = 0; code < (with_residual ? 4 : 6); ++code) {
-      check_batch_norm<T>(shape, threads, flags & 1, static_cast<Activation>(code), with_residual);
+      for (const bool over_dy : {false, true}) {
+        if (over_dy && !whole_lines(shape)) continue;
+        check_batch_norm<T>(shape, threads, flags & 1, static_cast<Activation>(code), with_residual, over_dy);
+      }
     }
   }
 }
@@ -234,9 +260,14 @@ int main() {
     }
   }
   for (const int64_t N : {0, 1, 5}) {
-    for (const int64_t U : {1, 2, 17, 300}) {
+    for (const int64_t U : {1, 2, 17, 300, 1100}) {
       check_fold<float>(N, U, Dtype::f32);
       check_fold<double>(N, U, Dtype::f64);
+    }
+  }
+  for (const int64_t count : {0, 1, 9, 100}) {
+    for (const double value : {HUGE_VAL, -HUGE_VAL, std::nan("")}) {
+      for (const int64_t wrong : {int64_t{0}, count / 2, count - 1, count}) check_accumulate(count, std::abs(wrong), value);
     }
   }
   std::puts("every shape is right");

@@ -41,13 +41,17 @@ struct Behind {
   const char* name;
   Activation activation;
   bool residual;
+  bool over_dy;  // the backward alone
 };
-constexpr Behind kNothing{"", Activation::none, false};
+constexpr Behind kNothing{"", Activation::none, false, false};
 constexpr Behind kBehind[] = {
-    {" alone", Activation::none, false},
-    {" relu", Activation::relu, false},
-    {" residual+relu", Activation::relu, true},
-    {" silu", Activation::silu, false},
+    {" alone", Activation::none, false, false},
+    {" relu", Activation::relu, false, false},
+    {" relu over dy", Activation::relu, false, true},
+    {" residual+relu", Activation::relu, true, false},
+    {" residual+relu over dy", Activation::relu, true, true},
+    {" residual+relu6", Activation::relu6, true, false},
+    {" silu", Activation::silu, false, false},
 };
 
 struct Case {
@@ -63,6 +67,8 @@ struct Case {
                   static_cast<long long>(shape.C), static_cast<long long>(shape.S));
     return text;
   }
+  // relu's y tells the backward what the others' mask does.
+  bool masked() const { return behind.residual && behind.activation != Activation::relu; }
   int64_t elements() const { return shape.N * shape.C * shape.S; }
 };
 
@@ -94,7 +100,7 @@ struct Tensors {
     args.weight = weight.data();
     args.bias = bias.data();
     args.y = y.data();
-    args.mask = of.behind.residual ? mask.data() : nullptr;
+    args.mask = of.masked() ? mask.data() : nullptr;
     args.mean = mean.data();
     args.var = var.data();
     args.eps = 1e-5;
@@ -103,19 +109,20 @@ struct Tensors {
     return [args] { cpu::batch_norm_act(args, kThreads); };
   }
 
-  // Reads the mask, mean and var of the forward before it.
+  // Reads y or the mask, mean and var of the forward before it.
   std::function<void()> backward(const Case& of) {
     BatchNormActBackward args{};
     args.shape = of.shape;
     args.dy = dy.data();
     args.x = x.data();
-    args.mask = of.behind.residual ? mask.data() : nullptr;
+    args.mask = of.masked() ? mask.data() : nullptr;
+    args.y = of.behind.residual && !of.masked() ? y.data() : nullptr;
     args.weight = weight.data();
     args.bias = bias.data();
     args.mean = mean.data();
     args.var = var.data();
-    args.dx = dx.data();
-    args.dresidual = of.behind.residual ? dresidual.data() : nullptr;
+    args.dx = of.behind.over_dy && !of.behind.residual ? dy.data() : dx.data();
+    args.dresidual = !of.behind.residual ? nullptr : of.behind.over_dy ? dy.data() : dresidual.data();
     args.dweight = dweight.data();
     args.dbias = dbias.data();
     args.s = s.data();
@@ -144,7 +151,8 @@ void run_all(Tensors<T>& tensors, const Shape& shape, const char* wanted) {
   run(scores, tensors.channel_scores(scores), wanted);
   for (const Behind& behind : kBehind) {
     const Case forward{"batch_norm_act", behind, shape}, backward{"batch_norm_act_backward", behind, shape};
-    run(forward, tensors.forward(forward), wanted);
+    if (behind.over_dy && !whole_lines(shape)) continue;
+    if (!behind.over_dy) run(forward, tensors.forward(forward), wanted);
     run(backward, tensors.backward(backward), wanted);
   }
 }
@@ -157,7 +165,14 @@ void run_fold(const char* wanted) {
   const FoldPiece pieces[] = {{first.data(), C}, {second.data(), C}};
   const FoldRun runs[] = {{0, 0, 0, C}, {1, 0, 0, C}};
   const Fold args{N, C, 2, Dtype::f32, pieces, runs, sums.data(), squares.data()};
-  run("fold float32 8x512", 2 * N * C, [&] { cpu::fold(args); }, wanted);
+  run("fold float32 8x512", 2 * N * C, [&] { cpu::fold(args, kThreads); }, wanted);
+}
+
+void run_accumulate(const char* wanted) {
+  constexpr int64_t U = 1024;
+  std::vector<double> sums(U), more(U, 1.0);
+  const Addend addends[] = {{more.data(), sums.data(), U}};
+  run("accumulate 1024", U, [&] { cpu::accumulate(addends, 1); }, wanted);
 }
 
 void run_follow(const char* wanted) {
@@ -182,5 +197,6 @@ int main(int count, char** arguments) {
     }
   }
   run_fold(wanted);
+  run_accumulate(wanted);
   run_follow(wanted);
 }
