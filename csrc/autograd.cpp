@@ -101,16 +101,17 @@ bool fits(const Tensor& x) {
 }
 
 // Whether x, what tells act' and the [C] tensors are as forward has saved them: a hook may have put others in their place.
-bool kept(const variable_list& saved) {
+bool kept(const variable_list& saved, Activation activation) {
   const Tensor &x = saved[0], &told = saved[1];
   if (!fits(x)) return false;
-  const bool good = !told.defined() || (plain(told) && told.sizes() == x.sizes() && told.is_contiguous(*dense(x)) &&
-                                        (told.scalar_type() == at::kBool || told.scalar_type() == x.scalar_type()));
+  const at::ScalarType telling = activation == Activation::relu ? x.scalar_type() : at::kBool;
+  const bool good = !told.defined() || (plain(told) && told.scalar_type() == telling && told.sizes() == x.sizes() &&
+                                        told.is_contiguous(*dense(x)));
   const auto channels = [&](const Tensor& t) { return !t.defined() || fits_channels(t, x); };
   return good && std::all_of(saved.begin() + 2, saved.end(), channels);
 }
 
-// Whether nobody else has t, nor its memory: what torch asks before it adds to a gradient in place
+// Whether nobody else has t, nor its memory, be it another tensor or somebody who lends it to torch
 bool ours(const Tensor& t) {
   return t.use_count() == 1 && t.storage().use_count() == 1 &&
          t.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
@@ -181,7 +182,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
     auto& of = ctx->saved_data;
     const Settings settings{of["training"].toBool(), of["eps"].toDouble(),
                             static_cast<Activation>(of["activation"].toInt()), of["slope"].toDouble()};
-    const bool usual = !at::GradMode::is_enabled() && unwatched() && kept(saved) && alike(dy, x);
+    const bool usual = !at::GradMode::is_enabled() && unwatched() && kept(saved, settings.activation) && alike(dy, x);
     variable_list found = usual ? gradients(dy, saved, settings, wanted(1)) : in_python(dy, saved, settings, wanted(1));
     for (size_t i = 0; i < numbers.size(); ++i) {
       if (!wanted(i)) found[i] = Tensor();
@@ -195,8 +196,8 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
   static variable_list gradients(const Tensor& given, const variable_list& saved, const Settings& settings,
                                  bool joined) {
     const Tensor &x = saved[0], &told = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4], &var = saved[5];
-    const bool by_mask = told.defined() && told.scalar_type() == at::kBool;
-    const Tensor mask = by_mask ? told : Tensor(), y = by_mask ? Tensor() : told;
+    const bool by_y = settings.activation == Activation::relu;
+    const Tensor mask = by_y ? Tensor() : told, y = by_y ? told : Tensor();
     const bool apart = joined && told.defined();  // else the residual's gradient is dy
     const bool spare = ours(given) && (apart || !joined) && whole_lines(shape(x));
     const Tensor dy = given.contiguous(*dense(x));
@@ -208,7 +209,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
                                     data(dz),   data(dweight), data(dbias), data(s),    settings.eps,
                                     settings.training, settings.activation, settings.slope};
     connected.backward(args, at::get_num_threads());
-    written_over += spare;
+    written_over += spare && dy.is_same(given);
     return {dx, apart ? dz : given, dweight, dbias, s};
   }
 

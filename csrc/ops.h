@@ -7,9 +7,9 @@
 // All [N, C, S] tensors of one call share the layout and the dtype. [C] and [N, C] tensors are contiguous and hold the
 // accumulation type `acc`: double for f64, float otherwise. Nothing needs more alignment than its element type.
 //
-// No output may overlap an input or another output, but where an operation says so. Any of N, C, S may be 0; a pointer to no elements may be null.
-// Sums are taken in an order that depends on the shape alone: the same inputs give the same bits with any number of
-// threads.
+// No output may overlap an input or another output, but where an operation says so. Any of N, C, S may be 0; a pointer to
+// no elements may be null. Sums are taken in an order that depends on the shape alone: the same inputs give the same bits
+// with any number of threads.
 #pragma once
 
 #include <cstdint>

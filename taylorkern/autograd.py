@@ -156,7 +156,7 @@ def gradients(
 
 
 def overwritten() -> None:
-    """Raises the InplaceError of a normalisation that finds its input changed."""
+    """Raises the InplaceError of a normalisation that finds changed what it has kept."""
     raise InplaceError(
         "the input, output or weight of a scored batch normalisation was overwritten in place before backward, and its "
         "score needs the value; use the out-of-place form of that operation"

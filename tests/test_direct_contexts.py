@@ -178,6 +178,7 @@ HOOKS = {
     "strided": (lambda t: t, lambda t: t.repeat_interleave(2, -1)[..., ::2]),
     "negated": (lambda t: t, lambda t: t if t.dtype is torch.bool else (-t)._neg_view()),
     "masks as floats": (lambda t: t.float(), lambda t: t),
+    "masks as large floats": (lambda t: 255.0 * t if t.dtype is torch.bool else t, lambda t: t),
     "a parameter": (lambda t: t, lambda t: t if t.dtype is torch.bool else nn.Parameter(t)),
 }
 

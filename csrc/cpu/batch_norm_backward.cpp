@@ -4,8 +4,8 @@
 namespace taylorkern::cpu {
 namespace {
 
-// With a residual the activation's gradient is told by the forward's mask, or by relu's y, not by a z computed from x, and dz
-// is written to dresidual.
+// With a residual the activation's gradient is told by the forward's mask, or by relu's y, not by a z computed from x, and
+// dz is written to dresidual.
 template <class T, class L, class Act, class Residual>
 class Backward {
   using A = Acc<T>;
@@ -26,7 +26,7 @@ class Backward {
   const A* const mean = static_cast<const A*>(args.mean);
   A* const s = static_cast<A*>(args.s);
   // Lines that have just been read are in the cache, and need not be written past it.
-  const bool streams = part.streams(args.shape), streams_dx = streams && dx != dy;
+  const bool streams = part.streams(args.shape), streams_dx = streams && dx != dy, streams_dz = streams && dresidual != dy;
   // The first pass has written dz over dy: the second one reads it instead of dy and y.
   const bool replaced = args.training && dresidual == dy;
 
@@ -45,7 +45,10 @@ class Backward {
     for_ranges(part, threads, [&](const Range& range, int) {
       channels.fill(args, range);
       parallel_for(part.slots(), range.threads,
-                   [&](int64_t slot, int worker) { reduce(part.tile(slot, range), worker); });
+                   [&](int64_t slot, int worker) {
+                     reduce(part.tile(slot, range), worker);
+                     finish_streams();
+                   });
       combine(range);
       if (!args.training) return;
       parallel_for(
@@ -175,7 +178,7 @@ class Backward {
 
   template <class P, class V>
   TAYLORKERN_INLINE void write(P pack, int64_t i, V dz, V dx_value) const {
-    if (given<Residual>(dresidual) && !replaced) store(pack, dresidual + i, dz, streams);
+    if (given<Residual>(dresidual) && !replaced) store(pack, dresidual + i, dz, streams_dz);
     store(pack, dx + i, dx_value, streams_dx);
   }
 };

@@ -6,8 +6,7 @@ namespace taylorkern::cpu {
 namespace {
 
 constexpr int64_t kUnits = 512;  // whose sums stay in the first-level cache from sample to sample
-
-constexpr int64_t kAhead = 4;    // samples: what is read of one is too short for a processor to foresee the next
+constexpr int64_t kAhead = 4;  // samples: what is read of one is too short for a processor to foresee the next
 
 template <class A>
 void prefetch(const A* from, int64_t length) {

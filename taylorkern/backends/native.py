@@ -131,8 +131,7 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``taylorkern::batch_norm_act_backward`` of :mod:`taylorkern.ops`."""
     frame = _Frame(x)
-    masked = mask is None or mask.dtype is torch.bool
-    mask, y = (mask, None) if masked else (None, mask)
+    mask, y = (mask, None) if mask is None or mask.dtype is torch.bool else (None, mask)
     dx = frame.output()
     dresidual = frame.output() if residual_grad else None
     dweight, dbias, s = frame.per_channel(), frame.per_channel(), frame.per_sample()
@@ -210,15 +209,13 @@ def fold(pieces: Sequence[Tensor], runs: Tensor, count: int) -> Tensor:
 
 def accumulates(totals: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
     """Whether these are what :func:`accumulate` takes: as many float64 tensors of the same shapes, on the CPU."""
-    return isinstance(_outcome, build.Library) and all(
-        type(t) is Tensor
-        and t.dtype is torch.float64
-        and t.shape == of.shape
-        and t.is_cpu
-        and t.is_contiguous()
-        and not t.is_neg()
-        for pair in zip(totals, more, strict=True)
-        for t, of in (pair, pair[::-1])
+    return (
+        isinstance(_outcome, build.Library)
+        and [t.shape for t in totals] == [t.shape for t in more]
+        and all(
+            type(t) is Tensor and t.dtype is torch.float64 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+            for t in (*totals, *more)
+        )
     )
 
 
