@@ -95,7 +95,9 @@ class Backward {
 
   // The same where samples are brief: their sums need no memory.
   void reduce_brief(const Tile& tile, double* const (&total)[2]) const {
-    const auto terms = [&](auto pack, int64_t i, int64_t c, auto& out) TAYLORKERN_LAMBDA { add_terms(pack, i, c, out); };
+    const bool last = !args.training;
+    const auto terms = [&](auto pack, int64_t i, int64_t c, auto& out)
+                           TAYLORKERN_LAMBDA { add_terms(pack, i, c, out, last); };
     layout.template each_sum<A, 2>(tile, terms, [&](auto pack, int64_t n, int64_t first, auto& out) TAYLORKERN_LAMBDA {
       constexpr int64_t lanes = decltype(pack)::lanes;
       A sums[2][kLanes<A>] = {};
@@ -110,19 +112,20 @@ class Backward {
   }
 
   void reduce_sample(const Tile& tile, int64_t n, double* const (&sums)[2]) const {
+    const bool last = !args.training;
     layout.template reduce<A>(tile, n, sums, [&](auto pack, int64_t i, int64_t c, auto& out)
-                                                 TAYLORKERN_LAMBDA { add_terms(pack, i, c, out); });
+                                                 TAYLORKERN_LAMBDA { add_terms(pack, i, c, out, last); });
   }
 
-  // out: (x - mean) * dz and dz
+  // out: (x - mean) * dz and dz; last: no other pass follows
   template <class P, class V>
-  TAYLORKERN_INLINE void add_terms(P pack, int64_t i, int64_t c, V& out) const {
+  TAYLORKERN_INLINE void add_terms(P pack, int64_t i, int64_t c, V& out, bool last) const {
     const auto x_value = load(pack, x + i);
     const auto dz = activation_gradient(pack, i, c, x_value);
     out[0] += (x_value - layout.coefficient(pack, mean, c)) * dz;
     out[1] += dz;
-    if (replaced) store(pack, dresidual + i, dz);
-    if (!args.training) write(pack, i, dz, layout.coefficient(pack, channels.scale, c) * dz);
+    if (given<Residual>(dresidual) && replaced) store(pack, dresidual + i, dz);
+    if (last) write(pack, i, dz, layout.coefficient(pack, channels.scale, c) * dz);
   }
 
   // s of one sample, from its sums
@@ -169,7 +172,7 @@ class Backward {
     layout.template each<A>(tile, [&](auto pack, int64_t i, int64_t c) TAYLORKERN_LAMBDA {
       const auto of = [&](const A* values) TAYLORKERN_LAMBDA { return layout.coefficient(pack, values, c); };
       const auto x_value = load(pack, x + i);
-      const auto dz = replaced ? load(pack, dy + i) : activation_gradient(pack, i, c, x_value);
+      const auto dz = given<Residual>(dresidual) && replaced ? load(pack, dy + i) : activation_gradient(pack, i, c, x_value);
       const auto centre = of(mean), scale = of(channels.scale), level = of(channels.level), slope = of(channels.slope);
       write(pack, i, dz, input_gradient(dz, x_value, centre, scale, level, slope));
     });
