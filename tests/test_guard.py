@@ -204,12 +204,11 @@ def test_what_is_recorded_is_of_every_kernel_layout_and_type():
     known = baseline.read(instructions.FILE)
     assert known["margin"] == instructions.RULE.margin and known["flags"].split() == instructions.flags()
     for counts in known["baselines"].values():
-        norms = [
-            f"{kernel} {behind}"
-            for kernel in ("batch_norm_act", "batch_norm_act_backward")
-            for behind in ("alone", "relu", "residual+relu", "silu")
-        ]
-        assert {name.rsplit(" ", 1)[0] for name in counts} == {"fold float32", "follow float32"} | {
+        behind = ("alone", "relu", "residual+relu", "residual+relu6", "silu")
+        norms = [f"{kernel} {of}" for kernel in ("batch_norm_act", "batch_norm_act_backward") for of in behind]
+        norms += [f"batch_norm_act_backward {of} over dy" for of in ("relu", "residual+relu")]
+        once = {"fold float32", "follow float32", "accumulate float64"}
+        assert {name.rsplit(" ", 1)[0] for name in counts} == once | {
             f"{kernel} {layout} {dtype}"
             for kernel in ("channel_scores", *norms)
             for layout in ("channels_first", "channels_last")

@@ -172,7 +172,7 @@ void run_accumulate(const char* wanted) {
   constexpr int64_t U = 1024;
   std::vector<double> sums(U), more(U, 1.0);
   const Addend addends[] = {{more.data(), sums.data(), U}};
-  run("accumulate 1024", U, [&] { cpu::accumulate(addends, 1); }, wanted);
+  run("accumulate float64 1024", U, [&] { cpu::accumulate(addends, 1); }, wanted);
 }
 
 void run_follow(const char* wanted) {
