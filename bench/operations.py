@@ -185,7 +185,7 @@ OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
         Normalisation("BN+ReLU", BNReLU, 1, RELU, {"ours": (3, 5), "eager": (6, 8)}),
-        Normalisation("BN+add+ReLU", BNAddReLU, 2, ADD, {"ours": (4, 7), "eager": (9, 8)}),
+        Normalisation("BN+add+ReLU", BNAddReLU, 2, ADD, {"ours": (4, 8), "eager": (9, 8)}),
         Normalisation("BN", BN, 1, RELU, {"ours": (4, 5), "eager": (4, 5)}, fuse=False),
         ChannelScores("channel_scores", RELU, {"ours": 2, "eager": 4}),
     )
