@@ -23,13 +23,14 @@ Enum checked(const char* name, int code, int count) {
   return static_cast<Enum>(code);
 }
 
-inline Shape checked_shape(int64_t N, int64_t C, int64_t S, int layout, int dtype) {
+// dtypes: how many codes of Dtype are known, from the first
+inline Shape checked_shape(int64_t N, int64_t C, int64_t S, int layout, int dtype, int dtypes) {
   for (const int64_t size : {N, C, S}) {
     if (size < 0) throw pybind11::value_error("taylorkern: a size is negative: " + std::to_string(size));
   }
   constexpr int64_t most = std::numeric_limits<int64_t>::max() / static_cast<int64_t>(sizeof(double));
   if (C && S && N > most / C / S) throw pybind11::value_error("taylorkern: the sizes overflow");
-  return {N, C, S, checked<Layout>("layout", layout, 2), checked<Dtype>("dtype", dtype, 3)};
+  return {N, C, S, checked<Layout>("layout", layout, 2), checked<Dtype>("dtype", dtype, dtypes)};
 }
 
 inline Activation checked_activation(int code) { return checked<Activation>("activation", code, 6); }

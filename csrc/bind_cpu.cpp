@@ -9,9 +9,11 @@ namespace {
 
 namespace py = pybind11;
 
+constexpr int kDtypes = 3;  // the codes before f16
+
 void channel_scores(Address a, Address g, Address s, int64_t N, int64_t C, int64_t S, int layout, int dtype,
                     int threads) {
-  const Shape shape = checked_shape(N, C, S, layout, dtype);
+  const Shape shape = checked_shape(N, C, S, layout, dtype, kDtypes);
   const ChannelScores args{shape, required("a", a, N * C * S), required("g", g, N * C * S), required("s", s, N * C)};
   const py::gil_scoped_release unlocked;
   cpu::channel_scores(args, threads);
@@ -20,7 +22,7 @@ void channel_scores(Address a, Address g, Address s, int64_t N, int64_t C, int64
 void batch_norm_act(Address x, Address residual, Address weight, Address bias, Address y, Address mask, Address mean,
                     Address var, double eps, bool training, int activation, double slope, int64_t N, int64_t C,
                     int64_t S, int layout, int dtype, int threads) {
-  const Shape shape = checked_shape(N, C, S, layout, dtype);
+  const Shape shape = checked_shape(N, C, S, layout, dtype, kDtypes);
   const int64_t elements = N * C * S;
   const BatchNormAct args{shape,
                           required("x", x, elements),
@@ -43,7 +45,7 @@ void batch_norm_act_backward(Address dy, Address x, Address mask, Address y, Add
                              Address var, Address dx, Address dresidual, Address dweight, Address dbias, Address s,
                              double eps, bool training, int activation, double slope, int64_t N, int64_t C, int64_t S,
                              int layout, int dtype, int threads) {
-  const Shape shape = checked_shape(N, C, S, layout, dtype);
+  const Shape shape = checked_shape(N, C, S, layout, dtype, kDtypes);
   const int64_t elements = N * C * S;
   const BatchNormActBackward args{shape,
                                   required("dy", dy, elements),
@@ -76,7 +78,7 @@ void checked_run(const FoldRun& of, const std::vector<FoldPiece>& pieces, int64_
 
 void follow(Address mean, Address var, Address running_mean, Address running_var, double momentum, double correction,
             int64_t C, int dtype) {
-  const Shape shape = checked_shape(1, C, 1, 0, dtype);
+  const Shape shape = checked_shape(1, C, 1, 0, dtype, kDtypes);
   cpu::follow({C, shape.dtype, required("mean", mean, C), required("var", var, C),
                required("running_mean", running_mean, C), required("running_var", running_var, C), momentum,
                correction});
@@ -85,7 +87,7 @@ void follow(Address mean, Address var, Address running_mean, Address running_var
 // s: the pieces' addresses, and how many channels each has; runs: [count] of FoldRun
 void fold(const std::vector<Address>& s, const std::vector<int64_t>& channels, Address runs, Address sums,
           Address squares, int64_t N, int64_t U, int64_t count, int dtype, int threads) {
-  const Shape shape = checked_shape(N, U, 1, 0, dtype);
+  const Shape shape = checked_shape(N, U, 1, 0, dtype, kDtypes);
   std::vector<FoldPiece> pieces;
   for (size_t i = 0; i < s.size(); ++i) pieces.push_back({required("s", s[i], N * channels.at(i)), channels.at(i)});
   const auto* found = static_cast<const FoldRun*>(required("runs", runs, count));

@@ -17,7 +17,7 @@
 namespace taylorkern {
 
 enum class Layout : int32_t { channels_first = 0, channels_last = 1 };
-enum class Dtype : int32_t { f32 = 0, f64 = 1, bf16 = 2 };
+enum class Dtype : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };  // the CPU has no f16, CUDA no f64
 enum class Activation : int32_t { none = 0, relu = 1, relu6 = 2, leaky_relu = 3, silu = 4, hardswish = 5 };
 
 struct Shape {
@@ -67,7 +67,7 @@ struct BatchNormAct {
 // xhat = (x - mean) / sqrt(var + eps), A[n,c] = sum_S xhat * dz, B[n,c] = sum_S dz, M = N * S:
 //   s = weight * A + bias * B,  dweight = sum_N A,  dbias = sum_N B
 //   training: dx = scale * (dz - dbias / M - xhat * dweight / M);  otherwise: dx = scale * dz
-// Where rows are whole cache lines, dx may be written over dy, or dresidual may if y is given.
+// On the CPU, where rows are whole cache lines, dx may be written over dy, or dresidual may if y is given.
 struct BatchNormActBackward {
   Shape shape;
   const void* dy;      // [N, C, S]
@@ -140,4 +140,25 @@ void fold(const Fold& args, int threads);
 bool accumulate(const Addend* addends, int64_t count);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Where and how a call runs. All pointers of its arguments and of `workspace` are of the current device's memory; nothing
+// is waited for. What is put on one stream runs in order, so that a workspace may be freed there after the call.
+struct Launch {
+  void* stream;           // a cudaStream_t
+  void* workspace;        // workspace_bytes(shape), of any content, aligned to 16 bytes
+  int64_t resident_bytes; // of the second-level cache: channels are taken in waves that stay there between passes; 0: not
+};
+
+// Of any operation on tensors of this shape, and the same whatever is resident
+int64_t workspace_bytes(const Shape& shape);
+
+// They throw std::runtime_error where a kernel can't be launched. resident_bytes never changes a bit of the result.
+void channel_scores(const ChannelScores& args, const Launch& launch);
+void batch_norm_act(const BatchNormAct& args, const Launch& launch);
+void batch_norm_act_backward(const BatchNormActBackward& args, const Launch& launch);
+void follow(const RunningStatistics& args, const Launch& launch);
+
+}  // namespace cuda
 }  // namespace taylorkern

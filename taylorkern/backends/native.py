@@ -5,20 +5,17 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import ACTIVATIONS, masked
-from . import build
+from . import build, frame
 from .toolchain import BuildError
 
-# The codes of ops.h. What isn't here, float16 above all, is served by the reference.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-CHANNELS_FIRST, CHANNELS_LAST = 0, 1
-_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+# What isn't here, float16 above all, is served by the reference.
+DTYPES = {dtype: code for dtype, code in frame.DTYPES.items() if dtype is not torch.float16}
 OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
 
 ORIGINS = {
@@ -71,91 +68,17 @@ def autograd() -> tuple[ModuleType, tuple[int, ...]] | None:
 
 def channel_scores(a: Tensor, g: Tensor) -> Tensor:
     """``taylorkern::channel_scores`` of :mod:`taylorkern.ops`."""
-    frame = _Frame(a)
-    s = frame.per_sample()
-    frame.call("channel_scores", frame.dense("a", a), frame.dense("g", g), s)
-    return s
+    return frame.channel_scores(_Frame(a), a, g)
 
 
-def batch_norm_act(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_norm_act(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """``taylorkern::batch_norm_act`` of :mod:`taylorkern.ops`."""
-    frame = _Frame(x)
-    y = frame.output()
-    mask = frame.output(torch.bool) if masked(residual, activation) else None
-    mean, var = frame.per_channel(), frame.per_channel()
-    if not training:
-        mean.copy_(frame.required_vector("running_mean", running_mean))
-        var.copy_(frame.required_vector("running_var", running_var))
-    frame.call(
-        "batch_norm_act",
-        frame.dense("x", x),
-        frame.dense("residual", residual),
-        frame.vector("weight", weight),
-        frame.vector("bias", bias),
-        y,
-        mask,
-        mean,
-        var,
-        eps,
-        training,
-        _ACTIVATION_CODES[activation],
-        slope,
-    )
-    return frame.given(y), mean, var, x.new_empty(0, dtype=torch.bool) if mask is None else frame.given(mask)
+    return frame.batch_norm_act(_Frame(x), x, *rest)
 
 
-def batch_norm_act_backward(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    eps: float,
-    activation: str,
-    slope: float,
-    residual_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def batch_norm_act_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """``taylorkern::batch_norm_act_backward`` of :mod:`taylorkern.ops`."""
-    frame = _Frame(x)
-    mask, y = (mask, None) if mask is None or mask.dtype is torch.bool else (None, mask)
-    dx = frame.output()
-    dresidual = frame.output() if residual_grad else None
-    dweight, dbias, s = frame.per_channel(), frame.per_channel(), frame.per_sample()
-    frame.call(
-        "batch_norm_act_backward",
-        frame.dense("dy", dy),
-        frame.dense("x", x),
-        frame.dense("mask", mask, torch.bool),
-        frame.dense("y", y),
-        frame.vector("weight", weight),
-        frame.vector("bias", bias),
-        frame.vector("mean", mean),
-        frame.vector("var", var),
-        dx,
-        dresidual,
-        dweight,
-        dbias,
-        s,
-        eps,
-        training,
-        _ACTIVATION_CODES[activation],
-        slope,
-    )
-    return frame.given(dx), x.new_empty(0) if dresidual is None else frame.given(dresidual), dweight, dbias, s
+    return frame.batch_norm_act_backward(_Frame(x), dy, x, *rest)
 
 
 def follow(
@@ -229,95 +152,16 @@ def accumulate(totals: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Sequen
 _ACCUMULATORS = (torch.float32, torch.float64)
 
 
-class _Frame:
-    """One call's sizes and layout, those of one tensor [N, C, *S]; every other tensor is brought into them.
+class _Frame(frame.Frame):
+    __slots__ = ()
 
-    It runs four times per layer and step, on caches that a kernel has just swept: every attribute counts.
-    """
-
-    __slots__ = ("acc", "dtype", "layout", "like", "shape", "strided")
-
-    def __init__(self, x: Tensor) -> None:
-        self.like, self.shape, self.dtype = x, x.shape, x.dtype
-        self.acc = torch.float64 if x.dtype is torch.float64 else torch.float32
-        layout = _layout(x)
-        self.strided = layout is None  # in neither layout: outputs take the strides that empty_like gives
-        self.layout = _layout_like(x) if layout is None else layout
-
-    def dense(self, name: str, t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        """``t`` in the frame's layout and dtype, or another: itself if it is so already."""
-        if t is None:
-            return None
-        if t.shape != self.shape or not t.is_cpu:
-            raise self._refusal(name, t, self.shape)
-        wanted = dtype or self.dtype
-        if t.dtype is not wanted or t.is_neg():
-            t = t.to(wanted).resolve_neg()
-        return t if _is_dense(t, self.layout) else self._fresh(dtype).copy_(t)
-
-    def vector(self, name: str, v: Tensor | None) -> Tensor | None:
-        """A [C] tensor in the accumulator's dtype."""
-        return None if v is None else self.required_vector(name, v)
-
-    def required_vector(self, name: str, v: Tensor | None) -> Tensor:
-        if v is None:
-            raise ValueError(f"{name} is None where training is False")
-        if v.shape != self.shape[1:2] or not v.is_cpu:
-            raise self._refusal(name, v, self.shape[1:2])
-        if v.dtype is self.acc and v.is_contiguous() and not v.is_neg():
-            return v
-        return v.to(self.acc).resolve_neg().contiguous()
-
-    def output(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the kernel to write a tensor like the first one to, in its dtype or another."""
-        return self._fresh(dtype) if self.strided else torch.empty_like(self.like, dtype=dtype)
-
-    def given(self, out: Tensor) -> Tensor:
-        """An output with the strides that ``torch.empty_like`` of the first tensor has."""
-        return torch.empty_like(self.like, dtype=out.dtype).copy_(out) if self.strided else out
-
-    def per_sample(self) -> Tensor:
-        return torch.empty(self.shape[:2], dtype=self.acc, device="cpu")
-
-    def per_channel(self) -> Tensor:
-        return torch.empty(self.shape[1], dtype=self.acc, device="cpu")
+    def beside(self, t: Tensor) -> bool:
+        return t.is_cpu
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
         """Run a kernel: tensors become addresses, 0 for none, and numbers stay what they are."""
-        N, C, *S = self.shape
         passed = [0 if t is None else t if isinstance(t, _NUMBERS) else t.data_ptr() for t in arguments]
-        getattr(_kernels(), kernel)(*passed, N, C, prod(S), self.layout, DTYPES[self.dtype], torch.get_num_threads())
-
-    def _refusal(self, name: str, t: Tensor, shape: torch.Size) -> ValueError:
-        needed = f"{tuple(shape)} on {self.like.device}"
-        return ValueError(f"{name} has shape {tuple(t.shape)} on {t.device}; needed: {needed}")
-
-    def _fresh(self, dtype: torch.dtype | None = None) -> Tensor:
-        N, C, *S = self.shape
-        if self.layout == CHANNELS_FIRST:
-            return self.like.new_empty((N, C, *S), dtype=dtype)
-        return self.like.new_empty((N, *S, C), dtype=dtype).movedim(-1, 1)
-
-
-def _is_dense(t: Tensor, layout: int) -> bool:
-    if layout == CHANNELS_FIRST:
-        return t.is_contiguous()
-    if t.dim() == 4:
-        return t.is_contiguous(memory_format=torch.channels_last)
-    return t.movedim(1, -1).is_contiguous()
-
-
-def _layout(t: Tensor) -> int | None:
-    """The layout that ``t`` is dense in; where both are the same memory, the one with the longer inner loop."""
-    if t.is_contiguous():
-        return CHANNELS_LAST if prod(t.shape[2:]) == 1 else CHANNELS_FIRST
-    return CHANNELS_LAST if _is_dense(t, CHANNELS_LAST) else None
-
-
-def _layout_like(t: Tensor) -> int:
-    """The layout that torch would give a copy of ``t``, or the first where that is neither."""
-    layout = _layout(torch.empty_like(t))
-    return CHANNELS_FIRST if layout is None else layout
+        getattr(_kernels(), kernel)(*passed, *self.sizes(), self.layout, DTYPES[self.dtype], torch.get_num_threads())
 
 
 _NUMBERS = (int, float)  # bool too
