@@ -188,10 +188,17 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from taylorkern.backends.build import build_ahead
+    from taylorkern.backends import build, nvcc
+    from taylorkern.backends.recipe import CUDA
 
-    path = build_ahead(options.out)
-    _answer(options.json, {"library": str(path)}, lambda result: f"kernels are ready in {result['library']}")
+    result = {"library": str(build.build_ahead(options.out))}
+    try:
+        nvcc.find_toolchain()
+    except BuildError as error:
+        print(f"taylorkern: no CUDA kernels are compiled: {error}", file=sys.stderr)
+    else:
+        result["cuda"] = str(build.build_ahead(options.out, CUDA))
+    _answer(options.json, result, lambda made: "\n".join(f"kernels are ready in {path}" for path in made.values()))
 
 
 def _answer(target: str | None, result: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str]) -> None:

@@ -2,22 +2,25 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import backends
 from ._version import __version__
-from .backends import build, toolchain
+from .backends import build, nvcc, toolchain
+from .backends.native import Status
+from .backends.toolchain import BuildError, Toolchain
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def examine() -> dict[str, Any]:
     """The facts, ready for JSON; ``tell`` makes text of them."""
+    status = cache(_status)  # of each backend once: it asks compilers
     return {
         "versions": {
             "taylorkern": __version__,
@@ -31,11 +34,12 @@ def examine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "compiler": _compiler(),
+        "compiler": _compiler(toolchain.find_toolchain),
+        "nvcc": _compiler(nvcc.find_toolchain),
         "cache": _cache(),
         "operations": {
             operation: {
-                device: {str(dtype).removeprefix("torch."): _serving(device, dtype) for dtype in DTYPES}
+                device: {str(dtype).removeprefix("torch."): _serving(device, dtype, status) for dtype in DTYPES}
                 for device in backends.PROVIDERS
             }
             for operation in backends.OPERATIONS
@@ -45,21 +49,26 @@ def examine() -> dict[str, Any]:
 
 def tell(facts: Mapping[str, Any]) -> str:
     """The facts as text, one line per operation and device, reasons listed once below."""
-    versions, machine, compiler, cache = (facts[key] for key in ("versions", "machine", "compiler", "cache"))
+    versions, machine, compilers = facts["versions"], facts["machine"], (facts["compiler"], facts["nvcc"])
+    cached = facts["cache"]
+    compiler, device_compiler = (found["version"] or found["missing"] for found in compilers)
     cuda = ", ".join(machine["cuda_devices"]) or "no device"
-    told = [f"{'operation':<26}{'device':<8}" + "".join(f"{str(d).removeprefix('torch.'):<11}" for d in DTYPES)]
+    cells = [s["backend"] for devices in facts["operations"].values() for row in devices.values() for s in row.values()]
+    width = 2 + max(map(len, (*cells, "bfloat16")))
+    told = [f"{'operation':<26}{'device':<8}" + "".join(f"{str(d).removeprefix('torch.'):<{width}}" for d in DTYPES)]
     reasons: dict[str, None] = {}
     for operation, devices in facts["operations"].items():
         for device, dtypes in devices.items():
-            told.append(f"{operation:<26}{device:<8}" + "".join(f"{s['backend']:<11}" for s in dtypes.values()))
+            told.append(f"{operation:<26}{device:<8}" + "".join(f"{s['backend']:<{width}}" for s in dtypes.values()))
             for dtype, serving in dtypes.items():
                 reasons[f"{device} {dtype}: {serving['backend']}, {serving['why']}"] = None
     return "\n".join(
         [
             f"taylorkern {versions['taylorkern']}, torch {versions['torch']}, Python {versions['python']}",
             f"machine    {machine['system']}, {machine['vectors']}, {machine['threads']} threads; CUDA: {cuda}",
-            f"compiler   {compiler['version'] or compiler['missing']}",
-            f"cache      {cache['folder']} ({cache['builds']} builds, {cache['state']})",
+            f"compiler   {compiler}",
+            f"nvcc       {device_compiler}",
+            f"cache      {cached['folder']} ({cached['builds']} builds, {cached['state']})",
             "",
             *(line.rstrip() for line in told),
             "",
@@ -68,38 +77,41 @@ def tell(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _serving(device: str, dtype: torch.dtype) -> dict[str, str]:
+def _serving(device: str, dtype: torch.dtype, status: Callable[[Any], Status | None]) -> dict[str, str]:
     """The first backend without an objection, as the provider table will choose it."""
     objections: list[str] = []
     for backend in backends.PROVIDERS[device]:
-        name, objection = backend.__name__.rpartition(".")[2], _objection(backend, dtype)
+        name, objection = backend.__name__.rpartition(".")[2], _objection(backend, dtype, status(backend))
         if objection is None:
-            return {"backend": name, "why": "; ".join(objections) or _merit(backend)}
+            return {"backend": name, "why": "; ".join(objections) or _merit(status(backend))}
         objections.append(f"{name} can't: {objection}")
     return {"backend": "none", "why": "; ".join(objections)}
 
 
-def _objection(backend: ModuleType, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` can't serve ``dtype``; the plain reference has no limits and no state."""
+def _status(backend: Any) -> Status | None:
+    """A backend's own; the plain reference has no limits and no state."""
+    return backend.status() if hasattr(backend, "status") else None
+
+
+def _objection(backend: Any, dtype: torch.dtype, status: Status | None) -> str | None:
+    """Why ``backend`` can't serve ``dtype``."""
     if dtype not in getattr(backend, "DTYPES", DTYPES):
         return f"it has no {str(dtype).removeprefix('torch.')}"
-    status = backend.status() if hasattr(backend, "status") else None
     return None if status is None or status.usable else status.reason
 
 
-def _merit(backend: ModuleType) -> str:
-    if not hasattr(backend, "status"):
+def _merit(status: Status | None) -> str:
+    if status is None:
         return "the only backend for this device"
-    status = backend.status()
     return ", ".join([status.reason, *(f"{key} {value}" for key, value in status.detail.items())])
 
 
-def _compiler() -> dict[str, str | None]:
+def _compiler(find: Callable[[], Toolchain]) -> dict[str, str | None]:
     try:
-        found = toolchain.find_toolchain()
-    except toolchain.BuildError as error:
+        found = find()
+    except BuildError as error:
         return {"command": None, "version": None, "missing": str(error)}
-    return {"command": " ".join(found.compiler), "version": found.version.splitlines()[0], "missing": None}
+    return {"command": found.command, "version": found.identity, "missing": None}
 
 
 def _cache() -> dict[str, Any]:

@@ -288,9 +288,10 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
 def _gated_in_python(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, z: Tensor, e: Tensor | None) -> Tensor:
     use_batch, running = _mode(layer, x)
     with torch.no_grad():
-        y, *saved = torch.native_batch_norm(
-            x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps
-        )
+        # What torch's batch_norm calls itself: the same kernels on every device, cuDNN's where it takes them.
+        y, *saved = torch._batch_norm_impl_index(
+            x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps, torch.backends.cudnn.enabled
+        )[:3]
         mean, var, eps = _batch_statistics(saved, x) if use_batch else (*_copied(running, x), layer.eps)
     settings = (use_batch, eps, "none", 0.0)
     return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, None, *settings)

@@ -11,7 +11,8 @@ import torch
 
 import taylorkern as tk
 from taylorkern import cli
-from taylorkern.backends import build
+from taylorkern.backends import build, nvcc
+from taylorkern.backends.recipe import CPU
 from taylorkern.oracle import Minibatch
 from taylorkern.resolve import ResolveError, resolve
 
@@ -73,12 +74,26 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     assert "pip install 'taylorkern[demo]'" in one_line_error(capsys)
 
 
-def test_build_names_the_library(monkeypatch, capsys):
-    monkeypatch.setattr(build, "build_ahead", lambda out: (out or Path("/cache")) / "lib.so")
+def test_build_names_the_libraries_and_says_what_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(
+        build, "build_ahead", lambda out, recipe=CPU: (out or Path("/cache")) / f"{recipe.parts[0].name}.so"
+    )
+
+    def nothing():
+        raise build.BuildError("there is no nvcc")
+
+    monkeypatch.setattr(nvcc, "find_toolchain", nothing)
     assert cli.main(["build"]) == 0
-    assert "/cache/lib.so" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "/cache/taylorkern.so" in told.out and "no CUDA kernels are compiled: there is no nvcc" in told.err
     assert cli.main(["build", "--out", "/image", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"library": "/image/lib.so"}
+    assert json.loads(capsys.readouterr().out) == {"library": "/image/taylorkern.so"}
+    monkeypatch.setattr(nvcc, "find_toolchain", lambda: None)
+    assert cli.main(["build", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "library": "/cache/taylorkern.so",
+        "cuda": "/cache/taylorkern_cuda.so",
+    }
 
 
 def test_build_without_a_compiler_is_a_users_error(monkeypatch, capsys):

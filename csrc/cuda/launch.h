@@ -23,6 +23,7 @@ void start(const Launch& launch, int64_t blocks, size_t shared_bytes, void (*ker
   config.stream = static_cast<cudaStream_t>(launch.stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(of)...);
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and nobody else's call should find it
   throw std::runtime_error(std::string("taylorkern: a CUDA kernel could not be launched: ") + cudaGetErrorString(error));
 }
 

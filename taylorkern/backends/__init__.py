@@ -1,29 +1,47 @@
 """The provider table: which backend serves an operation on a device. The only place that chooses."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from .. import ops
-from . import native, reference
+from . import choice, cuda, native, reference, triton_operations
 
 OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
+Provider = ModuleType | cuda.Kernels
 
-# Per device, best first. The first provider whose supports(operation, tensor) holds serves the call.
-PROVIDERS: dict[str, tuple[ModuleType, ...]] = {
+# Per device, best first where nothing is measured. The first provider whose supports(operation, tensor) holds serves
+# the call, after the one that ``choice`` has found to be the fastest on this GPU for such a tensor.
+PROVIDERS: dict[str, tuple[Provider, ...]] = {
     "cpu": (native, reference),
-    "cuda": (reference,),
+    "cuda": (cuda.streamed, cuda.resident, triton_operations, reference),
 }
 
 
-def provider(operation: str, tensor: Tensor) -> ModuleType:
-    """The backend module that serves ``operation`` for tensors of this device and dtype."""
-    for backend in PROVIDERS[tensor.device.type]:
+def provider(operation: str, tensor: Tensor) -> Provider:
+    """The backend that serves ``operation`` for tensors of this device, dtype, layout and size."""
+    fastest = choice.on(tensor.device).of(operation, tensor) if tensor.is_cuda else None
+    for backend in _beginning_with(fastest, PROVIDERS[tensor.device.type]):
         if backend.supports(operation, tensor):
             return backend
     raise NotImplementedError(f"no backend serves {operation} for {tensor.dtype} on {tensor.device}")
+
+
+def name(backend: Provider) -> str:
+    """What tables and measurements call a backend.
+
+    >>> name(native), name(cuda.resident)
+    ('native', 'cuda resident')
+    """
+    return backend.__name__.rpartition(".")[2]
+
+
+@cache
+def _beginning_with(fastest: str | None, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
+    return tuple(sorted(providers, key=lambda backend: fastest is not None and name(backend) != fastest))
 
 
 def _serve(operation: str) -> Callable:
@@ -41,7 +59,7 @@ def follow(
     In place and without autograd noticing, as torch's own forward does it; never part of a compiled graph.
     """
     given = (running_mean, running_var, mean, var)
-    backend = native if native.follows(*given) else reference
+    backend = next((kernels for kernels in (native, cuda, triton_operations) if kernels.follows(*given)), reference)
     backend.follow(*given, momentum, unbias)
 
 

@@ -11,14 +11,13 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -28,20 +27,19 @@ from types import ModuleType
 import filelock
 
 from . import toolchain
-from .recipe import AUTOGRAD, KERNELS, PARTS, Part, ninja_file
+from .recipe import CPU, PARTS, Part, Recipe, ninja_file
 from .toolchain import BuildError, Toolchain
 
 PREBUILT = Path(__file__).resolve().parent.parent / "_prebuilt"
-USUAL_SECONDS = 30  # of a compilation on two cores
-COMPILE_TIMEOUT = 240  # seconds
-LOCK_TIMEOUT = 300  # seconds that another process's compilation is waited for
+COMPILE_TIMEOUT = 240  # seconds, times a recipe's patience
+LOCK_TIMEOUT = 300  # seconds that another process's compilation is waited for, times a recipe's patience
 QUIET_WAIT = 5  # seconds of waiting before a line says so
 TEMPORARY_ROOTS = ("/dev/shm", "/var/tmp")  # tried where the usual one can't hold programs
 
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded build: the kernels, which are in ``path``, and the library of autograd functions where there is one.
+    """A loaded build: the kernels, which are in ``path``, and the CPU's library of autograd functions if it is there.
 
     ``origin``: "package", "cache", "compiled" (into the cache, now) or "private" (for this process alone).
     """
@@ -54,19 +52,21 @@ class Library:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The build that this machine would make. With no toolchain, any compiler's build of the facts serves."""
+    """The build that this machine would make. With no toolchain, any compiler's build that fits the facts serves."""
 
+    recipe: Recipe
     facts: dict[str, str | None]
     toolchain: Toolchain | None
     missing: BuildError | None = None
 
     @classmethod
-    def here(cls) -> "Wanted":
-        facts = toolchain.host_facts()
+    def here(cls, recipe: Recipe = CPU) -> "Wanted":
+        """Raises BuildError where the machine has nothing to build for."""
+        facts = recipe.facts()
         try:
-            return cls(facts, toolchain.find_toolchain())
+            return cls(recipe, facts, recipe.tools())
         except BuildError as error:
-            return cls(facts, None, error)
+            return cls(recipe, facts, None, error)
 
     @property
     def tools(self) -> Toolchain:
@@ -99,14 +99,13 @@ class Wanted:
         try:
             description = json.loads((folder / "build.json").read_text())
             # What can't be compiled anew may lack what is not needed.
-            asked = [
-                part for part in PARTS if part.name in description["libraries"] and (part.needed or self.toolchain)
-            ]
+            there = [part for part in self.recipe.parts if part.name in description["libraries"]]
+            asked = [part for part in there if part.needed or self.toolchain]
             found = {part.name: _sound_library(folder, part) for part in asked}
-            fits = description["facts"] == self.facts and all(found.values())
-        except (OSError, ValueError, KeyError, TypeError):
+            fits = all(found.values()) and self.recipe.fits(description["facts"], self.facts)
+        except (BuildError, OSError, ValueError, KeyError, TypeError):
             return None
-        return found.get(KERNELS.name) if fits else None
+        return found.get(self.recipe.kernels.name) if fits else None
 
 
 def cache_root() -> Path:
@@ -119,27 +118,27 @@ def cache_root() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "taylorkern"
 
 
-def load() -> Library:
+def load(recipe: Recipe = CPU) -> Library:
     """The kernels: from the package, from the cache, or compiled now.
 
     Raises BuildError where there is no way to have them.
     """
-    wanted = Wanted.here()
+    wanted = Wanted.here(recipe)
     if found := wanted.locate():
-        return _load(*found)
+        return _load(*found, recipe)
     try:
         path = compile_into(cache_root(), wanted)
     except OSError as error:
         return _load_private(wanted, error)
-    return _load(path, "compiled")
+    return _load(path, "compiled", recipe)
 
 
-def build_ahead(out: Path | None = None) -> Path:
+def build_ahead(out: Path | None = None, recipe: Recipe = CPU) -> Path:
     """Compiles into the folder ``out`` (the cache if None) unless a sound build is there.
 
     Returns the library's path. Raises BuildError where it can't be compiled, OSError where it can't be written.
     """
-    return compile_into(cache_root() if out is None else Path(out).absolute(), Wanted.here())
+    return compile_into(cache_root() if out is None else Path(out).absolute(), Wanted.here(recipe))
 
 
 def compile_into(root: Path, wanted: Wanted) -> Path:
@@ -151,14 +150,14 @@ def compile_into(root: Path, wanted: Wanted) -> Path:
     if not root.is_absolute():
         raise FileNotFoundError("there is no home directory")
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{key}.lock"):
+    with _locked(root / f"{key}.lock", wanted.recipe):
         if found := wanted.find(root):
             return found
         for leftover in root.glob(f"{key}.*.tmp"):  # of a process that was killed: the lock is ours now
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(".tmp", f"{key}.", root, ignore_cleanup_errors=True) as work:
-            _compile(wanted.tools, key, Path(work))
-            return _install(Path(work), root / key, wanted.facts)
+            _compile(wanted, key, Path(work))
+            return _install(Path(work), root / key, wanted)
 
 
 def _checksum(path: Path) -> str:
@@ -177,18 +176,18 @@ def _sound_library(folder: Path, part: Part) -> Path | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, recipe: Recipe) -> Iterator[None]:
     """An operating system's lock: it ends with its process, so a dead one never blocks."""
-    lock = filelock.FileLock(path)
+    lock, longest = filelock.FileLock(path), LOCK_TIMEOUT * recipe.patience
     try:
         try:
             lock.acquire(timeout=QUIET_WAIT)
         except filelock.Timeout:
-            _say("waiting for another process that compiles the CPU kernels")
-            lock.acquire(timeout=LOCK_TIMEOUT)
+            _say(f"waiting for another process that compiles the {recipe.device} kernels")
+            lock.acquire(timeout=longest)
     except filelock.Timeout:
         raise BuildError(
-            f"another process has held {path} for over {LOCK_TIMEOUT} s; end it, or choose another TAYLORKERN_CACHE_DIR"
+            f"another process has held {path} for over {longest} s; end it, or choose another TAYLORKERN_CACHE_DIR"
         ) from None
     except NotImplementedError as error:
         raise OSError(f"no file locks in {path.parent}") from error
@@ -198,37 +197,39 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _compile(tools: Toolchain, key: str, work: Path) -> None:
-    _say(f"compiling the CPU kernels (once, about {USUAL_SECONDS} s on two cores) ...")
+def _compile(wanted: Wanted, key: str, work: Path) -> None:
+    recipe, tools, longest = wanted.recipe, wanted.tools, COMPILE_TIMEOUT * wanted.recipe.patience
+    _say(f"compiling the {recipe.device} kernels (once, about {recipe.usual_seconds} s on two cores) ...")
     start = time.monotonic()
-    (work / "build.ninja").write_text(ninja_file(tools, key))
+    (work / "build.ninja").write_text(ninja_file(tools, key, recipe.parts))
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command, failure = shlex.join(tools.compiler), ""
+    command, failure = [tools.ninja, "-j", str(jobs), "-k", str(len(recipe.parts))], ""
     try:
-        status, output = toolchain.run([tools.ninja, "-j", str(jobs), "-k", str(len(PARTS))], work, COMPILE_TIMEOUT)
+        status, output = toolchain.run(command, work, longest)
     except subprocess.TimeoutExpired:
-        failure = f"{command} didn't finish in {COMPILE_TIMEOUT} s; try another CXX"
+        failure = f"{tools.command} didn't finish in {longest} s; try another {recipe.advice}"
     else:
         if status:
-            failure = f"{command} failed; repair it or set CXX to another. It said:\n{_first_failure(output)}"
+            said = _first_failure(output, parts=recipe.parts)
+            failure = f"{tools.command} failed; repair it or set {recipe.advice} to another. It said:\n{said}"
     if failure:
-        _judge(failure, work, work.parent / key)
+        _judge(failure, work, work.parent / key, recipe)
     _say(f"compiled in {time.monotonic() - start:.0f} s")
 
 
-def _first_failure(output: str, length: int = 20) -> str:
+def _first_failure(output: str, length: int = 20, parts: Sequence[Part] = PARTS) -> str:
     """What ninja says of the first failure, of a needed part's if there is one, or its last words."""
     lines = output.strip().splitlines()
     failed = [i for i, line in enumerate(lines) if line.startswith("FAILED")]
-    needed = [i for i in failed if any(f"{part.name}." in lines[i] for part in PARTS if part.needed)]
+    needed = [i for i in failed if any(f"{part.name}." in lines[i] for part in parts if part.needed)]
     begin = next(iter(needed + failed), max(0, len(lines) - length))
     told = lines[begin : begin + length]
     return "\n".join(takewhile(lambda line: not line.startswith("["), told))
 
 
-def _judge(failure: str, work: Path, folder: Path) -> None:
+def _judge(failure: str, work: Path, folder: Path, recipe: Recipe) -> None:
     """Raise BuildError where a library is missing that is needed; warn of another."""
-    if any(part.needed and not (work / f"{part.name}.so").exists() for part in PARTS):
+    if any(part.needed and not (work / f"{part.name}.so").exists() for part in recipe.parts):
         raise BuildError(failure)
     warnings.warn(
         "taylorkern: the kernels are compiled, but not the library that calls them from torch's autograd, so Python "
@@ -238,14 +239,15 @@ def _judge(failure: str, work: Path, folder: Path) -> None:
     )
 
 
-def _install(work: Path, folder: Path, facts: dict[str, str | None]) -> Path:
+def _install(work: Path, folder: Path, wanted: Wanted) -> Path:
     """Move what was made into ``folder``, the kernels last; their path."""
-    made = [part for part in reversed(PARTS) if (work / f"{part.name}.so").exists()]
+    parts = wanted.recipe.parts
+    made = [part for part in reversed(parts) if (work / f"{part.name}.so").exists()]
     folder.mkdir(exist_ok=True)
-    for damaged in (path for part in PARTS for path in part.libraries(folder)):
+    for damaged in (path for part in parts for path in part.libraries(folder)):
         damaged.unlink(missing_ok=True)
     description = work / "build.json"
-    description.write_text(json.dumps({"facts": facts, "libraries": [part.name for part in made]}, indent=1))
+    description.write_text(json.dumps({"facts": wanted.facts, "libraries": [part.name for part in made]}, indent=1))
     os.replace(description, folder / "build.json")
     for part in made:
         library = work / f"{part.name}.so"
@@ -254,16 +256,17 @@ def _install(work: Path, folder: Path, facts: dict[str, str | None]) -> Path:
     return path
 
 
-def _load(path: Path, origin: str) -> Library:
-    """Load the kernels in ``path``, and the autograd library beside them."""
-    module, copied = _module(path, KERNELS)
-    return Library(module, path, "private" if copied else origin, _autograd(path.parent))
+def _load(path: Path, origin: str, recipe: Recipe = CPU) -> Library:
+    """Load the kernels in ``path``, and the library beside them that calls them."""
+    module, copied = _module(path, recipe.kernels)
+    beside = (_caller(path.parent, part) for part in recipe.parts[1:])
+    return Library(module, path, "private" if copied else origin, next(beside, None))
 
 
-def _autograd(folder: Path) -> ModuleType | None:
-    path = _sound_library(folder, AUTOGRAD)
+def _caller(folder: Path, part: Part) -> ModuleType | None:
+    path = _sound_library(folder, part)
     try:
-        return None if path is None else _module(path, AUTOGRAD)[0]
+        return None if path is None else _module(path, part)[0]
     except BuildError as error:
         warnings.warn(f"taylorkern: Python calls the kernels, which is slower: {error}", RuntimeWarning, stacklevel=2)
         return None
@@ -292,7 +295,7 @@ def _module_copied(name: str, path: Path, reason: ImportError) -> ModuleType:
 def _load_private(wanted: Wanted, reason: OSError) -> Library:
     try:
         with _temporary_folder() as folder:
-            library = _load(compile_into(Path(folder), wanted), "private")
+            library = _load(compile_into(Path(folder), wanted), "private", wanted.recipe)
     except OSError as error:
         raise BuildError(
             f"neither the cache ({reason}) nor a temporary folder ({error}) can be written; "
@@ -300,7 +303,7 @@ def _load_private(wanted: Wanted, reason: OSError) -> Library:
         ) from error
     warnings.warn(
         f"taylorkern: the cache of compiled kernels can't be written ({reason}), so that every process compiles "
-        "its own; set TAYLORKERN_CACHE_DIR to a folder that can",
+        f"its own {wanted.recipe.device} kernels; set TAYLORKERN_CACHE_DIR to a folder that can",
         RuntimeWarning,
         stacklevel=2,
     )

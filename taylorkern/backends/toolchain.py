@@ -1,4 +1,4 @@
-"""What turns csrc into a library on this machine: sources, compiler, ninja, flags, and a build's key."""
+"""What turns csrc into libraries for this processor: sources, compiler, ninja, flags, and a build's key."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,15 @@ FLAGS = (
 AUTOGRAD_FLAGS = "-O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra".split()
 COMPILERS = ("g++", "c++", "clang++")
 SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+# In csrc, what the build for the other device does without: neither is compiled anew for the other's sake.
+CPU_SOURCES = {"cpu", "bind_cpu.cpp", "module.cpp", "autograd.cpp"}
+CUDA_SOURCES = {"cuda", "bind_cuda.cpp"}
 GRACE = 5  # seconds for ninja to end what it started
 VERSION_TIMEOUT = 60  # seconds for a compiler to say which it is
 
 
 class BuildError(RuntimeError):
-    """The CPU kernels can't be had; the message says why and what to do."""
+    """Compiled kernels can't be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,30 @@ class Toolchain:
     compiler: tuple[str, ...]
     version: str
     ninja: str
+
+    @property
+    def commands(self) -> dict[str, tuple[str, ...]]:
+        """What compiles a unit, by the end of its name."""
+        return {".cpp": self.compiler}
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """What every library is linked with, besides its own."""
+        return ()
+
+    @property
+    def command(self) -> str:
+        """As messages name it."""
+        return shlex.join(self.compiler)
+
+    @property
+    def identity(self) -> str:
+        """In one line, which it is."""
+        return self.version.splitlines()[0]
+
+    def traits(self) -> dict[str, str]:
+        """What a build depends on here."""
+        return {"compiler": shlex.join(self.compiler), "version": self.version}
 
 
 def sources() -> Path:
@@ -69,21 +96,27 @@ def find_toolchain() -> Toolchain:
 
 def host_facts() -> dict[str, str | None]:
     """What a build depends on besides its compiler."""
-    return {
-        "taylorkern": __version__,
-        "sources": _hash_of_sources(sources()),
+    return shared_facts(CUDA_SOURCES) | {
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
-        "pybind11": importlib.metadata.version("pybind11"),
         "isa": _isa(),
         "flags": shlex.join([*FLAGS, *AUTOGRAD_FLAGS]),
     }
 
 
-def key(facts: dict[str, str | None], toolchain: Toolchain) -> str:
+def shared_facts(without: Collection[str]) -> dict[str, str | None]:
+    """What any build depends on, with the sources that are not among ``without``."""
+    return {
+        "taylorkern": __version__,
+        "sources": _hash_of_sources(sources(), without),
+        "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
+        "pybind11": importlib.metadata.version("pybind11"),
+    }
+
+
+def key(facts: Mapping[str, str | None], toolchain: Toolchain) -> str:
     """The name of a build: a hash over everything that it depends on."""
-    everything = facts | {"compiler": shlex.join(toolchain.compiler), "version": toolchain.version}
+    everything = {**facts, **toolchain.traits()}
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -164,10 +197,13 @@ def _ninja() -> str:
     raise BuildError("ninja is missing; install it (pip install ninja)")
 
 
-def _hash_of_sources(folder: Path) -> str:
+def _hash_of_sources(folder: Path, without: Collection[str] = ()) -> str:
+    """``without``: names in ``folder`` of what doesn't count."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCE_SUFFIXES):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        within = path.relative_to(folder)
+        if within.parts[0] not in without:
+            digest.update(within.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
