@@ -33,7 +33,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Where the affine output is nearer to 0 than this, no gradient arrives in the check: rounding decides on which side of
 # a ReLU such an element is, and one of them outweighs the rounding of all others together.
-KINK = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+KINK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.025}
 
 Call = Callable[[], Any]
 Calls = dict[str, Call]  # by part: "whole", and where that is made of two, "forward" and "backward"
@@ -70,14 +70,23 @@ class Case:
     bias: Tensor
 
     @classmethod
-    def random(cls, shape: tuple[int, int, int, int], inputs: int, layout: str, dtype: torch.dtype) -> "Case":
-        generator = torch.Generator().manual_seed(0)
+    def random(
+        cls,
+        shape: tuple[int, int, int, int],
+        inputs: int,
+        layout: str,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> "Case":
+        generator = torch.Generator(device).manual_seed(seed)
 
         def values() -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+            wide = torch.randn(shape, generator=generator, device=device)
+            return wide.to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
-        weight = torch.rand(shape[1], generator=generator) + 0.5
-        bias = torch.randn(shape[1], generator=generator) * 0.3
+        weight = torch.rand(shape[1], generator=generator, device=device) + 0.5
+        bias = torch.randn(shape[1], generator=generator, device=device) * 0.3
         return cls([values() for _ in range(inputs)], values(), weight, bias)
 
     def double(self) -> "Case":
@@ -90,7 +99,7 @@ class Case:
         with torch.no_grad():
             for parameter, value in ((model.bn.weight, self.weight), (model.bn.bias, self.bias)):
                 parameter.data = value.clone()
-        return model.to(self.weight.dtype)
+        return model.to(self.weight.device, self.weight.dtype)
 
     def leaves(self, model: BN) -> list[Tensor]:
         return [*(t.requires_grad_() for t in self.inputs), model.bn.weight, model.bn.bias]
@@ -129,7 +138,7 @@ class Normalisation:
     def explicit(self, case: Case) -> Call:
         """The same in plain autograd with a gate of ones that is really multiplied."""
         model = case.give(self.module(case.weight.numel()))
-        gate = torch.ones(*case.dy.shape[:2], 1, 1, dtype=case.dy.dtype, requires_grad=True)
+        gate = torch.ones(*case.dy.shape[:2], 1, 1, dtype=case.dy.dtype, device=case.dy.device, requires_grad=True)
         model.bn.register_forward_hook(lambda module, inputs, z: z * gate)
         whole = _parts(model, case.inputs, [*case.leaves(model), gate], case.dy)["whole"]
 

@@ -17,6 +17,7 @@ from taylorkern import files
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+GPU = ("<!-- gpu -->", "<!-- /gpu -->")
 
 
 def results(folder: Path) -> dict[str, tables.Result]:
@@ -33,17 +34,18 @@ def newest(folder: Path) -> str:
     return max(found, key=lambda name: found[name]["facts"]["date"])
 
 
-def between(text: str, new: str) -> str:
+def between(text: str, new: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with ``new`` between the markers; raises SystemExit where they are missing.
 
     >>> between("a <!-- bench --> old <!-- /bench --> z", "new")
     'a <!-- bench -->\\nnew\\n<!-- /bench --> z'
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise SystemExit(f"README has no markers {BEGIN} and {END}: put them where the tables shall stand")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+        raise SystemExit(f"README has no markers {first} and {last}: put them where the tables shall stand")
+    return f"{before}{first}\n{new}\n{last}{after}"
 
 
 def section(result: tables.Result) -> str:

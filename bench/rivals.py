@@ -83,8 +83,9 @@ def multiplied(model: nn.Module, layers: tuple[str, ...], samples: int, dtype: t
     """Gates [samples, C, 1, 1] of ones behind ``layers``."""
 
     def behind(layer: Any) -> Tensor:
-        gate = torch.ones(samples, layer.weight.numel(), 1, 1, dtype=dtype, requires_grad=True)
-        layer.register_forward_hook(lambda module, inputs, a: a * gate)
+        channels, device = layer.weight.numel(), layer.weight.device
+        gate = torch.ones(samples, channels, 1, 1, dtype=dtype, device=device, requires_grad=True)
+        layer.register_forward_hook(lambda module, inputs, a: a * gate.to(a.dtype))  # under autocast a is narrower
         return gate
 
     return {name: behind(model.get_submodule(name)) for name in layers}

@@ -1,6 +1,7 @@
 """The networks and minibatches whose training steps are timed."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,8 @@ class Workload:
     compiler: str = ""  # torch.compile's backend, or none
     pairs: int = 15
     seed: int = 0
+    device: str = "cpu"
+    autocast: torch.dtype | None = None  # forwards run under torch.autocast to this dtype
 
     def __str__(self) -> str:
         return f"{self.network}-{self.layout}"
@@ -74,7 +77,7 @@ class Workload:
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)
         model = tiny(self.classes) if self.network == "tiny" else _by_torchvision(self.network, self.classes)
-        model = model.to(self.dtype).train(self.training)
+        model = model.to(self.device, self.dtype).train(self.training)
         if self.layout == "channels_last":
             return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
@@ -82,11 +85,18 @@ class Workload:
     def images(self) -> Tensor:
         """[N, 3, size, size]."""
         shape = (self.batch, 3, self.size, self.size)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1)).to(self.dtype)
+        x = torch.randn(shape, generator=self._generator(1), device=self.device).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x
 
     def labels(self) -> Tensor:
-        return torch.randint(self.classes, (self.batch,), generator=torch.Generator().manual_seed(self.seed + 2))
+        return torch.randint(self.classes, (self.batch,), generator=self._generator(2), device=self.device)
+
+    def _generator(self, of: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed + of)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """What a forward runs under."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device, dtype=self.autocast)
 
     def step(self, model: nn.Module, weights: list[nn.Parameter], behind: Run | None = None) -> Run:
         """One training step; ``behind`` runs between backward and the optimiser's step."""
@@ -95,7 +105,9 @@ class Workload:
         optimizer = torch.optim.SGD(weights, 1e-4, momentum=0.9)
 
         def run() -> None:
-            nn.functional.cross_entropy(forward(x), target).backward()
+            with self.precision():
+                loss = nn.functional.cross_entropy(forward(x), target)
+            loss.backward()
             if behind:
                 behind()
             optimizer.step()
