@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from taylorkern.backends.recipe import AUTOGRAD
+from tests import emulated
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "tests" / "cpp" / "odd_shapes.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
@@ -75,8 +76,24 @@ def test_torch_is_known_to_one_source_and_python_to_no_kernel():
             assert not [n for n in names if n.lower().startswith(("python", "pybind11"))], path
 
 
-def test_cuda_compiles_the_shared_headers():
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH")
-    checked = run([str(ROOT / "csrc" / "nvcc_check.sh")])
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+CUDA_SHAPES = ROOT / "tests" / "cpp" / "cuda_odd_shapes.cpp"
+# Of undefined behaviour, what a device would fault at or quietly differ in: all of it takes minutes to compile.
+CUDA_SANITIZE = ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
+
+
+def test_cuda_kernels_touch_only_what_is_theirs(sanitizing_compiler, tmp_path):
+    made = emulated.objects(tmp_path, [CUDA_SHAPES, *emulated.KERNELS, *emulated.EMULATOR], ["-O1", *CUDA_SANITIZE])
+    ran = run([str(emulated.link(made, tmp_path / "odd_shapes", CUDA_SANITIZE))], LD_PRELOAD="")
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
+    assert "every shape is clean" in ran.stdout
+
+
+def test_cuda_kernels_have_no_races(tmp_path):
+    """Under every order at once: no two accesses that a barrier does not order, one of them a write."""
+    if emulated.compiler() is None:
+        pytest.skip("no g++ on PATH")
+    watched = emulated.objects(tmp_path, emulated.KERNELS, emulated.WATCHED)
+    made = emulated.objects(tmp_path, [CUDA_SHAPES, *emulated.EMULATOR], emulated.WATCHING)
+    ran = run([str(emulated.link([*watched, *made], tmp_path / "odd_shapes", []))])
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
+    assert "every shape is clean" in ran.stdout
