@@ -1,13 +1,11 @@
 // Batch normalisation under torch's autograd, without a detour through Python. A library of its own, which knows torch
 // where the kernels don't. It does what BatchNormAct and FusedBatchNormAct of taylorkern/autograd.py do, for calls in
 // which nothing is unusual; `fused` and `gated` answer None to all others, which are theirs.
-#include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_batch_norm_impl_index.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/native_batch_norm.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -19,7 +17,7 @@
 #include <atomic>
 #include <string_view>
 
-#include "ops.h"
+#include "autograd_kernels.h"
 
 namespace taylorkern {
 namespace {
@@ -29,11 +27,8 @@ using Optional = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The kernels of the other library, and what Python does where something is unusual
+// What Python does where something is unusual
 struct Connected {
-  decltype(&cpu::batch_norm_act) forward;
-  decltype(&cpu::batch_norm_act_backward) backward;
-  decltype(&cpu::follow) follow;
   PyObject* gradients;    // (dy, saved tensors, training, eps, activation, slope, dresidual wanted) -> gradients
   PyObject* overwritten;  // raises the error of a saved tensor that was overwritten
 };
@@ -56,6 +51,7 @@ std::optional<Dtype> code(at::ScalarType dtype) {
     case at::kFloat: return Dtype::f32;
     case at::kDouble: return Dtype::f64;
     case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
     default: return std::nullopt;
   }
 }
@@ -77,27 +73,29 @@ Shape shape(const Tensor& x) {
   return {N, C, S, last ? Layout::channels_last : Layout::channels_first, *code(x.scalar_type())};
 }
 
-// Values in the processor's memory, and nobody in between
+// Values in the memory of a device that has kernels, and nobody in between
 bool plain(const Tensor& t) {
   using Key = c10::DispatchKey;
   constexpr c10::DispatchKeySet strange({Key::Python, Key::Negative, Key::ZeroTensor});
-  return t.defined() && t.layout() == at::kStrided && t.is_cpu() && t.has_storage() && !t.is_inference() &&
+  return t.defined() && t.layout() == at::kStrided && kernels_of(t.device().type()) && t.has_storage() && !t.is_inference() &&
          !t.key_set().has_any(strange);
 }
 
 bool alike(const Tensor& t, const Tensor& x) {
-  return plain(t) && t.scalar_type() == x.scalar_type() && t.sizes() == x.sizes();
+  return plain(t) && t.device() == x.device() && t.scalar_type() == x.scalar_type() && t.sizes() == x.sizes();
 }
 
 // A [C] tensor as the kernels take it, or none
 bool fits_channels(const Optional& t, const Tensor& x) {
-  return !t || (plain(*t) && t->dim() == 1 && t->size(0) == x.size(1) && t->scalar_type() == accumulator(x) &&
-                t->is_contiguous());
+  return !t || (plain(*t) && t->device() == x.device() && t->dim() == 1 && t->size(0) == x.size(1) &&
+                t->scalar_type() == accumulator(x) && t->is_contiguous());
 }
 
 // An input that a kernel serves, and of more than one value a channel
 bool fits(const Tensor& x) {
-  return plain(x) && x.dim() >= 2 && x.numel() > x.size(1) && code(x.scalar_type()) && dense(x);
+  if (!plain(x)) return false;
+  const std::optional<Dtype> dtype = code(x.scalar_type());
+  return x.dim() >= 2 && x.numel() > x.size(1) && dtype && kernels_of(x.device().type())->serves(*dtype) && dense(x);
 }
 
 // Whether x, what tells act' and the [C] tensors are as forward has saved them: a hook may have put others in their place.
@@ -105,17 +103,14 @@ bool kept(const variable_list& saved, Activation activation) {
   const Tensor &x = saved[0], &told = saved[1];
   if (!fits(x)) return false;
   const at::ScalarType telling = activation == Activation::relu ? x.scalar_type() : at::kBool;
-  const bool good = !told.defined() || (plain(told) && told.scalar_type() == telling && told.sizes() == x.sizes() &&
-                                        told.is_contiguous(*dense(x)));
+  const bool good = !told.defined() || (plain(told) && told.device() == x.device() && told.scalar_type() == telling &&
+                                        told.sizes() == x.sizes() && told.is_contiguous(*dense(x)));
   const auto channels = [&](const Tensor& t) { return !t.defined() || fits_channels(t, x); };
   return good && std::all_of(saved.begin() + 2, saved.end(), channels);
 }
 
-// Whether nobody else has t, nor its memory, be it another tensor or somebody who lends it to torch
-bool ours(const Tensor& t) {
-  return t.use_count() == 1 && t.storage().use_count() == 1 &&
-         t.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
-}
+// Whether nobody else has t, nor another tensor its memory
+bool ours(const Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
 
 // Whether nobody follows single operations or changes what they do: no mode, transform, tracer, profiler or dual number
 bool unwatched() {
@@ -140,6 +135,7 @@ struct Settings {
   double eps;
   Activation activation;
   double slope;
+  int64_t resident_bytes;  // for the backward's kernels
 };
 
 struct Inputs {
@@ -147,6 +143,7 @@ struct Inputs {
   Optional residual, weight, bias, running_mean, running_var, z;  // z [N, C]: the gate
   bool training;
   double eps;
+  int64_t resident_bytes[2];  // for the forward's kernels and for the backward's
 };
 
 // What a forward has made of its inputs, without gradients
@@ -171,6 +168,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
     ctx->saved_data["eps"] = ran.settings.eps;
     ctx->saved_data["activation"] = static_cast<int64_t>(ran.settings.activation);
     ctx->saved_data["slope"] = ran.settings.slope;
+    ctx->saved_data["resident_bytes"] = ran.settings.resident_bytes;
     return ran.y;
   }
 
@@ -181,7 +179,8 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
     const auto wanted = [&](size_t i) { return numbers[i] >= 0 && ctx->needs_input_grad(numbers[i]); };
     auto& of = ctx->saved_data;
     const Settings settings{of["training"].toBool(), of["eps"].toDouble(),
-                            static_cast<Activation>(of["activation"].toInt()), of["slope"].toDouble()};
+                            static_cast<Activation>(of["activation"].toInt()), of["slope"].toDouble(),
+                            of["resident_bytes"].toInt()};
     const bool usual = !at::GradMode::is_enabled() && unwatched() && kept(saved, settings.activation) && alike(dy, x);
     variable_list found = usual ? gradients(dy, saved, settings, wanted(1)) : in_python(dy, saved, settings, wanted(1));
     for (size_t i = 0; i < numbers.size(); ++i) {
@@ -199,7 +198,8 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
     const bool by_y = settings.activation == Activation::relu;
     const Tensor mask = by_y ? Tensor() : told, y = by_y ? told : Tensor();
     const bool apart = joined && told.defined();  // else the residual's gradient is dy
-    const bool spare = ours(given) && (apart || !joined) && whole_lines(shape(x));
+    const Kernels& kernels = *kernels_of(x.device().type());
+    const bool spare = ours(given) && (apart || !joined) && kernels.writes_over(given, shape(x));
     const Tensor dy = given.contiguous(*dense(x));
     const Tensor dx = spare && !(apart && y.defined()) ? dy : at::empty_like(x);
     const Tensor dz = !apart ? Tensor() : spare && y.defined() ? dy : at::empty_like(x);
@@ -208,7 +208,7 @@ class Normalisation : public torch::autograd::Function<Normalisation> {
                                     data(weight), data(bias), data(mean), data(var),    data(dx),
                                     data(dz),   data(dweight), data(dbias), data(s),    settings.eps,
                                     settings.training, settings.activation, settings.slope};
-    connected.backward(args, at::get_num_threads());
+    kernels.backward(args, x, settings.resident_bytes);
     written_over += spare && dy.is_same(given);
     return {dx, apart ? dz : given, dweight, dbias, s};
   }
@@ -260,34 +260,36 @@ Tensor copied(const Optional& running, const Tensor& x) { return running->to(acc
 Ran run_fused(const Inputs& in, double momentum, Activation activation, double slope) {
   const Tensor& x = in.x;
   const Shape sizes = shape(x);
-  Ran ran{at::empty_like(x), Tensor(), Tensor(), Tensor(), {in.training, in.eps, activation, slope}};
+  const Kernels& kernels = *kernels_of(x.device().type());
+  Ran ran{at::empty_like(x), {}, {}, {}, {in.training, in.eps, activation, slope, in.resident_bytes[1]}};
   ran.mean = in.training ? per_channel(x) : copied(in.running_mean, x);
   ran.var = in.training ? per_channel(x) : copied(in.running_var, x);
   const bool telling = in.residual && activation != Activation::none, by_output = activation == Activation::relu;
   const Tensor mask = telling && !by_output ? at::empty_like(x, x.options().dtype(at::kBool)) : Tensor();
   if (telling) ran.told = by_output ? ran.y : mask;
   const Tensor residual = in.residual ? in.residual->contiguous(*dense(x)) : Tensor();
-  connected.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(mask),
-                     data(ran.mean), data(ran.var), in.eps, in.training, activation, slope},
-                    at::get_num_threads());
+  kernels.forward({sizes, data(x), data(residual), data(in.weight), data(in.bias), data(ran.y), data(mask),
+                   data(ran.mean), data(ran.var), in.eps, in.training, activation, slope},
+                  x, in.resident_bytes[0]);
   if (in.training && in.running_mean && in.running_var) {
     const auto count = static_cast<double>(sizes.N * sizes.S);
-    connected.follow({sizes.C, sizes.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32, data(ran.mean), data(ran.var),
-                      in.running_mean->mutable_data_ptr(), in.running_var->mutable_data_ptr(), momentum, count / (count - 1)});
+    kernels.follow({sizes.C, sizes.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32, data(ran.mean), data(ran.var),
+                    in.running_mean->mutable_data_ptr(), in.running_var->mutable_data_ptr(), momentum, count / (count - 1)},
+                   x);
   }
   return ran;
 }
 
-// Torch's own forward, bit for bit; the eps is in the variance that it has saved.
+// Torch's own forward, bit for bit, be it cuDNN's; the eps is in the variance that it has saved.
 Ran run_gated(const Inputs& in, double momentum) {
   const Tensor& x = in.x;
-  auto [y, mean, inverse_std] = at::native_batch_norm(x, in.weight, in.bias, in.running_mean, in.running_var,
-                                                      in.training, momentum, in.eps);
-  if (!in.training) {
-    return {y, copied(in.running_mean, x), copied(in.running_var, x), {}, {false, in.eps, Activation::none, 0.0}};
-  }
+  auto [y, mean, inverse_std, reserve, kind] =
+      at::_batch_norm_impl_index(x, in.weight, in.bias, in.running_mean, in.running_var, in.training, momentum, in.eps,
+                                 at::globalContext().userEnabledCuDNN());
+  const Settings settings{in.training, in.training ? 0.0 : in.eps, Activation::none, 0.0, in.resident_bytes[1]};
+  if (!in.training) return {y, copied(in.running_mean, x), copied(in.running_var, x), {}, settings};
   const auto acc = accumulator(x);
-  return {y, mean.to(acc), inverse_std.to(acc).pow_(-2), {}, {true, 0.0, Activation::none, 0.0}};
+  return {y, mean.to(acc), inverse_std.to(acc).pow_(-2), {}, settings};
 }
 
 Optional optional(PyObject* object) {
@@ -306,11 +308,12 @@ bool ordinary(PyObject* const* objects, Py_ssize_t count) {
   return THPVariable_CheckExact(objects[0]) && std::all_of(objects + 1, objects + count, tensor_or_none);
 }
 
-// The first nine arguments: x, residual, weight, bias, running_mean, running_var, z, training, eps
+// x, residual, weight, bias, running_mean, running_var, z, training, eps; what the kernels' waves may fill is behind them
 std::optional<Inputs> read(PyObject* const* a) {
   if (!ordinary(a, 7) || !PyFloat_Check(a[8])) return std::nullopt;
   Inputs in{THPVariable_Unpack(a[0]), optional(a[1]), optional(a[2]), optional(a[3]), optional(a[4]), optional(a[5]),
-            optional(a[6]),           a[7] == Py_True, PyFloat_AS_DOUBLE(a[8])};
+            optional(a[6]),           a[7] == Py_True, PyFloat_AS_DOUBLE(a[8]),
+            {PyLong_AsLongLong(a[11]), PyLong_AsLongLong(a[12])}};
   const Tensor& x = in.x;
   const bool known = at::GradMode::is_enabled() && unwatched() && fits(x) && fits_channels(in.weight, x) &&
                      fits_channels(in.bias, x) && fits_channels(in.running_mean, x) &&
@@ -340,10 +343,11 @@ PyObject* attached(PyObject* const* a, const Run& run) {
   END_HANDLE_TH_ERRORS
 }
 
-// What `read` reads, momentum or None, the tensor that counts batches or None, activation, slope
+// What `read` reads first, momentum or None, the tensor that counts batches or None, the bytes of waves in forward and
+// backward, activation, slope
 PyObject* fused(PyObject*, PyObject* const* a, Py_ssize_t) {
-  const auto activation = static_cast<Activation>(PyLong_AsLong(a[11]));
-  const double slope = PyFloat_AsDouble(a[12]);
+  const auto activation = static_cast<Activation>(PyLong_AsLong(a[13]));
+  const double slope = PyFloat_AsDouble(a[14]);
   if (a[1] != Py_None && (activation == Activation::silu || activation == Activation::hardswish)) Py_RETURN_NONE;
   return attached(a, [&](const Inputs& in, double momentum) { return run_fused(in, momentum, activation, slope); });
 }
@@ -364,13 +368,38 @@ PyObject* takes(PyObject*, PyObject* const* a, Py_ssize_t) {
 // How many gradients have been written over, for tests: no other way leads there without keeping the gradient.
 PyObject* count_of_written_over(PyObject*, PyObject* const*, Py_ssize_t) { return PyLong_FromLongLong(written_over); }
 
-// The kernels' addresses, and the two callables of `Connected`
-PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t) {
-  connected = {reinterpret_cast<decltype(connected.forward)>(PyLong_AsSize_t(a[0])),
-               reinterpret_cast<decltype(connected.backward)>(PyLong_AsSize_t(a[1])),
-               reinterpret_cast<decltype(connected.follow)>(PyLong_AsSize_t(a[2])), Py_NewRef(a[3]), Py_NewRef(a[4])};
+template <class Function>
+void put(PyObject* address, Function& to) {
+  to = reinterpret_cast<Function>(PyLong_AsSize_t(address));
+}
+
+PyObject* connect_kernels(int64_t device, std::unique_ptr<const Kernels> kernels) {
   if (PyErr_Occurred()) return nullptr;
+  kernels_by_device.at(static_cast<size_t>(device)) = std::move(kernels);
   Py_RETURN_NONE;
+}
+
+// The addresses of the CPU's kernels, and the two callables of `Connected`
+PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t) {
+  auto kernels = std::make_unique<CpuKernels>();
+  put(a[0], kernels->run_forward);
+  put(a[1], kernels->run_backward);
+  put(a[2], kernels->run_follow);
+  connected = {Py_NewRef(a[3]), Py_NewRef(a[4])};
+  return connect_kernels(static_cast<int64_t>(c10::DeviceType::CPU), std::move(kernels));
+}
+
+// The number of a device type, and the addresses of the CUDA kernels for it and of torch's function for its stream
+PyObject* connect_cuda(PyObject*, PyObject* const* a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  auto kernels = std::make_unique<CudaKernels>();
+  put(a[1], kernels->run_forward);
+  put(a[2], kernels->run_backward);
+  put(a[3], kernels->run_follow);
+  put(a[4], kernels->workspace_bytes);
+  put(a[5], kernels->current_stream);
+  return connect_kernels(PyLong_AsLongLong(a[0]), std::move(kernels));
+  END_HANDLE_TH_ERRORS
 }
 
 // Arguments are counted here, and their order is that of taylorkern/direct.py; nobody else calls.
@@ -386,8 +415,9 @@ PyMethodDef method(const char* name) {
           METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<takes, 5>("takes"), method<fused, 13>("fused"), method<gated, 11>("gated"),
-                         method<connect, 5>("connect"), method<count_of_written_over, 0>("written_over"), {}};
+PyMethodDef methods[] = {method<takes, 5>("takes"), method<fused, 15>("fused"), method<gated, 13>("gated"),
+                         method<connect, 5>("connect"), method<connect_cuda, 6>("connect_cuda"),
+                         method<count_of_written_over, 0>("written_over"), {}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "taylorkern_autograd", nullptr, -1, methods,
                        nullptr,               nullptr,               nullptr, nullptr};
 

@@ -114,4 +114,9 @@ PYBIND11_MODULE(TAYLORKERN_MODULE, module) {
   module.def("batch_norm_act", &taylorkern::batch_norm_act);
   module.def("batch_norm_act_backward", &taylorkern::batch_norm_act_backward);
   module.def("follow", &taylorkern::follow);
+  // For the library that calls kernels without Python in between
+  const auto address = [](auto* function) { return reinterpret_cast<taylorkern::Address>(function); };
+  namespace cuda = taylorkern::cuda;
+  module.attr("addresses") = pybind11::make_tuple(address(&cuda::batch_norm_act), address(&cuda::batch_norm_act_backward),
+                                                  address(&cuda::follow), address(&cuda::workspace_bytes));
 }

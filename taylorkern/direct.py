@@ -1,19 +1,23 @@
 """Batch normalisations that run, and are differentiated, in C++ from end to end; None for calls that it can't serve.
 
 A function of ``taylorkern.autograd`` costs several times more in a network than by itself, for it runs on caches that a
-kernel has just swept. csrc/autograd.cpp does the same without Python.
+kernel has just swept; and a GPU waits for it where tensors are small. csrc/autograd.cpp does the same without Python,
+with the CPU's kernels and with CUDA C++ ones.
 """
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import autograd
-from .backends import native
+from . import autograd, backends
+from .backends import cuda, native
 from .ops import ACTIVATIONS
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # as c10 numbers them
 _connected: ModuleType | None = None  # the library, once it has been told what to call
 
 
@@ -24,20 +28,48 @@ def library() -> ModuleType | None:
 
 def takes(layer: Any, x: Tensor) -> bool:
     """Whether nothing is unusual about ``layer`` on ``x``: tensors that a kernel serves, and nobody who watches."""
-    found = library()
+    found = library() if _waves(x) else None
     return found is not None and found.takes(x, *_channels(layer))
 
 
 def fused(layer: Any, x: Tensor, residual: Tensor | None, z: Tensor | None, activation: str, slope: float) -> Any:
     """act(layer(x) + residual), with the gate z [N, C] on layer(x)."""
-    found = library()
-    return found and found.fused(*_arguments(layer, x, residual, z), _CODES[activation], slope)
+    waves, found = _waves(x), library()
+    if waves is None or found is None:
+        return None
+    return found.fused(*_arguments(layer, x, residual, z), *waves, _CODES[activation], slope)
 
 
 def gated(layer: Any, x: Tensor, z: Tensor) -> Any:
     """layer(x), torch's own to the bit, with the gate z [N, C]."""
-    found = library()
-    return found and found.gated(*_arguments(layer, x, None, z))
+    waves, found = _waves(x), library()
+    if waves is None or found is None:
+        return None
+    return found.gated(*_arguments(layer, x, None, z), *waves)
+
+
+def _waves(x: Any) -> tuple[int, int] | None:
+    """What waves of channels may fill of the device's cache, forward and backward; None where others' kernels serve."""
+    if getattr(x, "is_cpu", False):
+        return 0, 0
+    if not getattr(x, "is_cuda", False) or not _on_cuda():
+        return None
+    serving = [backends.provider(operation, x) for operation in ("batch_norm_act", "batch_norm_act_backward")]
+    forward, backward = (k.resident_bytes(x.device) if isinstance(k, cuda.Kernels) else None for k in serving)
+    return None if forward is None or backward is None else (forward, backward)
+
+
+@cache
+def _on_cuda() -> bool:
+    """Whether the library knows the CUDA kernels; the first call loads both."""
+    if not cuda.serves(torch.cuda.current_device()):
+        return False
+    native.load()
+    found, addresses = library(), cuda.addresses()
+    if found is None or addresses is None:
+        return False
+    found.connect_cuda(_DEVICE_TYPES["cuda"], *addresses)
+    return True
 
 
 def _connect() -> ModuleType | None:

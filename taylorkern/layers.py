@@ -288,10 +288,7 @@ def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Ten
 def _gated_in_python(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, z: Tensor, e: Tensor | None) -> Tensor:
     use_batch, running = _mode(layer, x)
     with torch.no_grad():
-        # What torch's batch_norm calls itself: the same kernels on every device, cuDNN's where it takes them.
-        y, *saved = torch._batch_norm_impl_index(
-            x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps, torch.backends.cudnn.enabled
-        )[:3]
+        y, *saved = _torchs_batch_norm(layer, x, running, use_batch)
         mean, var, eps = _batch_statistics(saved, x) if use_batch else (*_copied(running, x), layer.eps)
     settings = (use_batch, eps, "none", 0.0)
     return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, None, *settings)
@@ -342,6 +339,16 @@ def _follow(running: Running, count: int, momentum: float, mean: Tensor, var: Te
 
 def _stay(mean: Tensor, var: Tensor) -> None:
     """Running statistics that are used as they are."""
+
+
+def _torchs_batch_norm(
+    layer: nn.modules.batchnorm._BatchNorm, x: Tensor, running: Running, use_batch: bool
+) -> tuple[Tensor, ...]:
+    """Output, mean and 1 / sqrt(variance + eps), by what ``F.batch_norm`` calls: cuDNN's kernel where that takes it."""
+    given = (x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps)
+    if torch._C._get_tracing_state() is not None:  # the tracer knows nothing that returns an integer
+        return torch.native_batch_norm(*given)
+    return torch._batch_norm_impl_index(*given, torch.backends.cudnn.enabled)[:3]
 
 
 def _batch_statistics(saved: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor, float]:

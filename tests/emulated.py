@@ -163,7 +163,6 @@ class Provider:
 
 class _Frame(frame.Frame):
     __slots__ = ("provider",)
-    kernels = "the emulated CUDA kernels"
 
     def __init__(self, x: Tensor, provider: Provider) -> None:
         super().__init__(x)

@@ -84,7 +84,7 @@ struct Tiling {
   static Tiling channels_first(const Shape& shape, int width) {
     const int64_t packs = ceil_div(shape.S, width);
     int lanes = 1;
-    while (lanes < kWarp && lanes * 2 < packs) lanes *= 2;  // two packs each, where there are as many
+    while (lanes < kWarp && lanes * 3 <= packs) lanes *= 2;  // about two packs each, where there are as many
     Tiling tiling = sized(shape, lanes, kThreads / lanes);
     tiling.workers = 1;
     cut(tiling, static_cast<int64_t>(lanes) * width, shape.N * tiling.groups);

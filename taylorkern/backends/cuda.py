@@ -4,9 +4,11 @@ They serve in two ways, with the same results to the bit: ``streamed`` passes ov
 channels in waves that stay in the GPU's second-level cache from one pass to the next.
 """
 
+import ctypes
 import threading
 import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,20 +47,24 @@ class Kernels:
         plain = tensor.layout is torch.strided and not tensor.is_neg() and tensor.dim() >= 2
         return known and plain and serves(tensor.get_device())
 
+    def resident_bytes(self, device: torch.device) -> int:
+        """What a wave of channels may fill of the device's second-level cache; 0 where tensors are taken whole."""
+        return _resident_bytes(device) if self.resident else 0
+
     def status(self) -> Status:
         return status()
 
     def channel_scores(self, a: Tensor, g: Tensor) -> Tensor:
         """``taylorkern::channel_scores`` of :mod:`taylorkern.ops`."""
-        return frame.channel_scores(_Frame(a, self.resident), a, g)
+        return frame.channel_scores(_Frame(a, self.resident_bytes(a.device)), a, g)
 
     def batch_norm_act(self, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """``taylorkern::batch_norm_act`` of :mod:`taylorkern.ops`."""
-        return frame.batch_norm_act(_Frame(x, self.resident), x, *rest)
+        return frame.batch_norm_act(_Frame(x, self.resident_bytes(x.device)), x, *rest)
 
     def batch_norm_act_backward(self, dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """``taylorkern::batch_norm_act_backward`` of :mod:`taylorkern.ops`."""
-        return frame.batch_norm_act_backward(_Frame(x, self.resident), dy, x, *rest)
+        return frame.batch_norm_act_backward(_Frame(x, self.resident_bytes(x.device)), dy, x, *rest)
 
 
 streamed = Kernels("cuda", resident=False)
@@ -72,6 +78,21 @@ def serves(device: int) -> bool:
             if _outcome is None:
                 _load()
     return device in _served
+
+
+def addresses() -> tuple[int, ...] | None:
+    """Of the kernels that csrc/autograd_kernels.h calls, and of torch's own function for the current stream.
+
+    None where the kernels aren't loaded, or torch has no such function.
+    """
+    if not isinstance(_outcome, build.Library):
+        return None
+    try:
+        torch_cuda = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
+        stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+    return (*_outcome.module.addresses, stream) if stream else None
 
 
 def status() -> Status:
@@ -116,11 +137,11 @@ def follow(
 
 
 class _Frame(frame.Frame):
-    __slots__ = ("resident",)
+    __slots__ = ("resident_bytes",)
 
-    def __init__(self, x: Tensor, resident: bool) -> None:
+    def __init__(self, x: Tensor, resident_bytes: int) -> None:
         super().__init__(x)
-        self.resident = resident
+        self.resident_bytes = resident_bytes
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
         """Put a kernel on the current stream: tensors become addresses, 0 for none, and numbers stay what they are."""
@@ -130,8 +151,8 @@ class _Frame(frame.Frame):
         # there later runs later. So the workspace, and whatever the frame has made, may go when this returns, though
         # the kernel has not run yet: no event, no waiting, and a graph can capture the call.
         workspace = torch.empty(_kernels().workspace_bytes(*shape), dtype=torch.uint8, device=self.device)
-        waves = _resident_bytes(self.device) if self.resident else 0
-        _launch(self.device, kernel, *passed, *shape, _stream(self.device), workspace.data_ptr(), waves)
+        stream = _stream(self.device)
+        _launch(self.device, kernel, *passed, *shape, stream, workspace.data_ptr(), self.resident_bytes)
 
 
 _NUMBERS = (int, float)  # bool too

@@ -5,7 +5,6 @@ what is here, and say in a subclass how they call a kernel.
 """
 
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ class Frame:
     """
 
     __slots__ = ("acc", "device", "dtype", "layout", "like", "shape", "strided")
-    kernels: ClassVar[str] = ""  # whose, for messages
 
     def __init__(self, x: Tensor) -> None:
         self.like, self.shape, self.dtype, self.device = x, x.shape, x.dtype, x.device

@@ -59,6 +59,11 @@ def status() -> Status:
     return Status(True, ORIGINS[_outcome.origin], detail)
 
 
+def load() -> None:
+    """Load the kernels, or compile them, unless a first use has; one warning says why not."""
+    _library()
+
+
 def autograd() -> tuple[ModuleType, tuple[int, ...]] | None:
     """The library of autograd functions, and the addresses of the kernels for it, once these have been loaded."""
     if not isinstance(_outcome, build.Library) or _outcome.autograd is None:

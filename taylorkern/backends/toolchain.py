@@ -27,7 +27,7 @@ AUTOGRAD_FLAGS = "-O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra".split(
 COMPILERS = ("g++", "c++", "clang++")
 SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 # In csrc, what the build for the other device does without: neither is compiled anew for the other's sake.
-CPU_SOURCES = {"cpu", "bind_cpu.cpp", "module.cpp", "autograd.cpp"}
+CPU_SOURCES = {"cpu", "bind_cpu.cpp", "module.cpp", "autograd.cpp", "autograd_kernels.h"}
 CUDA_SOURCES = {"cuda", "bind_cuda.cpp"}
 GRACE = 5  # seconds for ninja to end what it started
 VERSION_TIMEOUT = 60  # seconds for a compiler to say which it is
