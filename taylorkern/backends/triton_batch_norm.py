@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_tuning
-from .triton_formula import affine, apply, kernel, loaded, origin, passes, place, tile_of_rows, trips, within
+from .triton_formula import affine, apply, kernel, loaded, origin, passes, place, stored, tile_of_rows, trips, within
 from .triton_tiles import alignment, power, tiles
 
 JOINED = 2048  # partial sums that a program joins at a time
@@ -21,7 +21,7 @@ BLOCK = 256
 @kernel
 def moments_of_tiles(
     x: tl.tensor,  # [N, C, S]
-    partial: tl.tensor,  # [3, rows, C] float32, written: pivot, mean deviation from it, summed squared deviation from the mean
+    partial: tl.tensor,  # [3, rows, C] float32, written: pivot, mean less pivot, summed squared deviation from the mean
     N: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
@@ -159,7 +159,7 @@ def normalise(
     z = tl.fma(loaded(x + start, offsets, here), scale, shift)
     if residual is not None:
         z += loaded(residual + start, offsets, here)
-    tl.store(y + start + offsets, apply(z, slope, ACTIVATION).to(y.dtype.element_ty), mask=here)
+    stored(y + start, offsets, apply(z, slope, ACTIVATION), here)
     if mask is not None:
         tl.store(mask + start + offsets, passes(z, ACTIVATION).to(tl.uint8), mask=here)
 

@@ -22,6 +22,7 @@ from .triton_formula import (
     origin,
     passes,
     place,
+    stored,
     tile_of_rows,
     trips,
     within,
@@ -112,9 +113,9 @@ def sums_of_tiles(
             sum_a = tl.fma(value - centres, dz, sum_a)
             sum_b += dz
             if dresidual is not None:
-                tl.store(dresidual + start + offsets, dz.to(dresidual.dtype.element_ty), mask=here)
+                stored(dresidual + start, offsets, dz, here)
             if dx is not None:
-                tl.store(dx + start + offsets, (scales * dz).to(dx.dtype.element_ty), mask=here)
+                stored(dx + start, offsets, scales * dz, here)
         a, b = tl.sum(sum_a, 2) * inverse[None, :], tl.sum(sum_b, 2)
         if CHUNKED:
             at = ((row % chunks * N + n) * C)[:, None] + c[None, :]
@@ -213,8 +214,7 @@ def input_gradient(
     tilt = tl.load(dweight + c, mask=valid, other=0.0) * inverse / count
     value = loaded(x + start, offsets, here)
     dz = gradient_at(dy, value, mask, y, scale, shift, slope, start, offsets, here, ACTIVATION)
-    found = scale * (dz - level - (value - centre) * tilt)
-    tl.store(dx + start + offsets, found.to(dx.dtype.element_ty), mask=here)
+    stored(dx + start, offsets, scale * (dz - level - (value - centre) * tilt), here)
 
 
 input_gradient_tuned = triton_tuning.tuned(input_gradient)
@@ -241,7 +241,7 @@ def batch_norm_act_backward(
     activation: int,
     slope: float,
 ) -> None:
-    """Writes dx, dresidual, dweight, dbias and s from dense dy, x and what tells act', channels innermost if ``last``."""
+    """Writes dx, dresidual, dweight, dbias and s from dense tensors, channels innermost if ``last``."""
     if x.numel() == 0:
         for sums in (dweight, dbias, s):
             sums.zero_()
@@ -282,10 +282,19 @@ def _sums(
         *read, *statistics, dx, dresidual, partial, s, eps, slope,
         N, C, S, cut.group, cut.chunk, cut.chunks, cut.chunks * count,
         activation, chunked, last, alignment(C if last else S), cut.wide, cut.samples, cut.channels, cut.positions,
-        num_warps=cut.warps,
+        num_warps=cut.warps, maxnreg=_registers(read, last, S),
     )  # fmt: skip
     rows, channels = joining(count, C)
     join_sums[(triton.cdiv(C, channels),)](
         partial, *statistics[:2], s if chunked else None, dweight, dbias,
         count, C, cut.chunks, alignment(C), rows, channels,
     )  # fmt: skip
+
+
+def _registers(read: tuple[Tensor | None, ...], last: bool, S: int) -> int | None:
+    """How many a thread may have where the assembler, left alone, would rather spill a few than take one more."""
+    if last:
+        return None
+    dy = read[0]
+    assert dy is not None
+    return 96 if dy.itemsize == 2 and S % 8 == 0 else 168

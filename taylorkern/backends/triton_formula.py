@@ -12,6 +12,9 @@ import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # what the decorators below have looked at
 
+if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
+    raise RuntimeError("TRITON_INTERPRET was set when triton had been imported; set it before, or not at all")
+TRUNCATES: tl.constexpr = tl.constexpr(INTERPRETED)  # the interpreter cuts bfloat16 off, where a GPU rounds it
 SIZES = ("N", "C", "S", "group", "chunk", "chunks", "rows", "length", "count", "bucket")
 
 # The codes of ops.h
@@ -101,6 +104,16 @@ def gradient(z: tl.tensor, dy: tl.tensor, slope: tl.tensor, ACTIVATION: tl.const
 @triton.jit
 def loaded(pointer: tl.tensor, offsets: tl.tensor, here: tl.tensor) -> tl.tensor:
     return tl.load(pointer + offsets, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def stored(pointer: tl.tensor, offsets: tl.tensor, value: tl.tensor, here: tl.tensor) -> None:
+    """Rounds to nearest, ties to even."""
+    if TRUNCATES and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16 << 16).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, nearest, value)
+    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -99,7 +99,6 @@ def follows(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
 
 class _Frame(frame.Frame):
     __slots__ = ()
-    kernels = "Triton"
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
         last = self.layout == frame.CHANNELS_LAST

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 WARPS = 8
-SHARE = 8  # elements of a tile for each thread, which leaves it registers enough; half where they are loaded one by one
+SHARE = 8  # elements of a tile per thread, which leaves it registers enough; half where they are loaded singly
 COLUMN = 64  # channels of a tile of channels_last, whole cache lines
 RUN = 512  # positions of a tile of channels_first
 PROGRAMS = 2112  # that fill a large device well: 16 on each of 132 multiprocessors
@@ -22,9 +22,9 @@ REACH = 2**31 - 1  # what an offset of 32 bits holds
 class Tiles:
     """A tile spans ``samples`` by ``channels`` by ``positions``, powers of two.
 
-    A program takes a column of ``channels``, ``group`` samples and ``chunk`` positions of each: there are ``columns`` by
-    ``groups`` by ``chunks`` of them, and none is without work. A program with more than one sample has them whole, so
-    that sums per sample are never shared between groups.
+    A program takes a column of ``channels``, ``group`` samples and ``chunk`` positions of each: there are ``columns``
+    by ``groups`` by ``chunks`` of them, and none is without work. A program with more samples than a tile's has them
+    whole.
     """
 
     samples: int

@@ -82,7 +82,7 @@ def launch(kernel: Any, sizes: tuple[int, int, int], last: bool, *arguments: Any
 
 
 def _seconds(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """The mean time of a few calls, for each quantile asked for. It takes no memory, of which there may be none left."""
+    """The mean time of a few calls, once per quantile. It takes no memory, of which there may be none left."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start.record()
