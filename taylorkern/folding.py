@@ -8,6 +8,12 @@ from torch import Tensor
 from .backends import native
 
 BLOCK = 2**17  # elements that are widened to float64 at a time, to stay in cache: 1 MiB
+_LAUNCHES = 2**24  # the same on other devices, where a launch costs more than memory does: 128 MiB
+
+
+def block(device: torch.device) -> int:
+    """How many elements to widen to float64 at a time."""
+    return BLOCK if device.type == "cpu" else _LAUNCHES
 
 
 class Folding:
@@ -35,7 +41,11 @@ class Folding:
         order = numbers.argsort(descending=True, stable=True)
         rounds = [order[: int((numbers > i).sum())] for i in range(int(numbers.max()) if count else 0)]
         self._columns = [by_unit[starts[those] + i].to(device) for i, those in enumerate(rounds)]
-        self._units = (rounds[0] if rounds else order[:0]).to(device)
+        self._here = len(rounds[0]) if rounds else 0  # units that have a channel
+        # Where a unit is in that order; behind all of them if it has none. Gathering needs no deterministic mode.
+        places = torch.full((count,), self._here)
+        places[order[: self._here]] = torch.arange(self._here)
+        self._places = places.to(device)
 
     def __call__(self, *pieces: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_n s[n, u] and Σ_n s[n, u]², [count] each in float64; 0 for a unit without a channel here."""
@@ -51,12 +61,11 @@ class Folding:
         return self._runs[widths]
 
     def _by_torch(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        width = max(1, BLOCK // max(1, len(s)))
-        ends = [*range(0, len(self._units), width), len(self._units)]
-        blocks = [self._block(s, start, end) for start, end in pairwise(ends)]
-        found = s.new_zeros(2, self.count, dtype=torch.float64)
-        if blocks:
-            found[:, self._units] = torch.cat(blocks, dim=1)
+        width = max(1, block(s.device) // max(1, len(s)))
+        ends = [*range(0, self._here, width), self._here]
+        none = s.new_zeros(2, 1, dtype=torch.float64)
+        found = torch.cat([*(self._block(s, start, end) for start, end in pairwise(ends)), none], dim=1)
+        found = found.index_select(1, self._places)
         return found[0], found[1]
 
     def _block(self, s: Tensor, start: int, end: int) -> Tensor:
@@ -64,7 +73,7 @@ class Folding:
         first, *more = [columns[start:end] for columns in self._columns if len(columns) > start]
         rows = s.index_select(1, first).double()  # [N, end - start]
         for columns in more:
-            rows[:, : len(columns)] += s.index_select(1, columns)
+            rows[:, : len(columns)].add_(s.index_select(1, columns))
         return torch.stack([rows.sum(0), rows.square_().sum(0)])
 
 

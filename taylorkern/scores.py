@@ -16,7 +16,7 @@ from .example import run, tensors
 from .folding import Folding
 from .gates import Gate
 from .layers import Gated
-from .outputs import output_shares
+from .outputs import OutputShares
 from .state import untouched
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
@@ -50,6 +50,10 @@ class Scores:
     loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
     A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
     The loss must not be scaled (``GradScaler``): G would be, and h would not.
+
+    On a GPU nothing here waits for it but the first minibatch, which moves indices there, and reading. A CUDA graph
+    holds a whole step, :meth:`fold` at its end, captured after a few steps and a ``fold()`` outside: each replay then
+    adds a minibatch. ``torch.cuda.make_graphed_callables`` knows no gates, so none of its replays is scored.
 
     ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight`` and ``taylor_output``,
     which cost a pass over the weights' gradients or the activations and so are not collected by default.
@@ -89,6 +93,8 @@ class Scores:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
+        self._output_shares = OutputShares(self._outputs)
+        self._device = torch.device("cpu")  # where the last scores arrived, and so where the statistics are
         self._names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         self._attach()
         if not alone:
@@ -212,14 +218,14 @@ class Scores:
     def reset(self) -> None:
         """Forget every minibatch so far."""
         self._discard()
-        units = len(self.coupling.units)
-        self._sums = {name: torch.zeros(units, dtype=torch.float64) for name in self._names}
+        units, device = len(self.coupling.units), self._device
+        self._sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in self._names}
         if self._outputs:
-            self._sums["output_abs"] = torch.zeros(units, len(self._outputs), dtype=torch.float64)
+            self._sums["output_abs"] = torch.zeros(units, len(self._outputs), dtype=torch.float64, device=device)
         self._asked = 0  # calls of curvature()
-        self._count = torch.zeros((), dtype=torch.int64)
-        self._curved = torch.zeros((), dtype=torch.int64)  # minibatches with a curvature
-        self._dropped = torch.zeros((), dtype=torch.int64)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._curved = torch.zeros((), dtype=torch.int64, device=device)  # minibatches with a curvature
+        self._dropped = torch.zeros((), dtype=torch.int64, device=device)
         self._silent = set(self._gates)
 
     def detach(self) -> None:
@@ -281,15 +287,29 @@ class Scores:
         arrived = self._take()
         if not arrived:
             return
-        minibatch = self._minibatch(arrived)
-        device = minibatch["gate"].device
-        totals = [self._sums[name].to(device) for name in minibatch]
+        with torch.inference_mode(False), torch.no_grad():
+            self._add(self._minibatch(arrived))
+
+    def _add(self, minibatch: Mapping[str, Tensor]) -> None:
+        self._move_to(minibatch["gate"].device)
+        totals = [self._sums[name] for name in minibatch]
         found, finite = backends.accumulate(totals, [*minibatch.values()])
-        self._sums.update(zip(minibatch, found, strict=True))
-        self._count = self._count.to(device) + finite
-        self._curved = self._curved.to(device) + finite * (self._h is not None)
+        if found is not totals:
+            # Into the same memory: where a CUDA graph has captured this, the next replay adds to it.
+            torch._foreach_copy_(totals, list(found))
+        self._count += finite
+        if self._h is not None:
+            self._curved += finite
         self._h = None
-        self._dropped = self._dropped.to(device) + (1 - finite)
+        self._dropped += 1 - finite
+
+    def _move_to(self, device: torch.device) -> None:
+        """Have the statistics where scores arrive. Moving them waits for a GPU, so a reset leaves them there."""
+        self._sums = {name: _own(total, device) for name, total in self._sums.items()}
+        self._count, self._curved, self._dropped = (
+            _own(number, device) for number in (self._count, self._curved, self._dropped)
+        )
+        self._device = device
 
     def _discard(self) -> None:
         self._take()
@@ -323,9 +343,9 @@ class Scores:
         if self._outputs:
             products = {layer: layer_gate.drain_elements() for layer, layer_gate in self._gates.items()}
             products = {layer: found for layer, found in products.items() if found}
-            minibatch["output_abs"] = output_shares(products, self._outputs, self.coupling).to(gate.device)
+            minibatch["output_abs"] = self._output_shares(products, self.coupling, gate.device)
         if self._weight_squares:
-            minibatch["weight_squared"] = self._weight_squares.drain(self.coupling).to(gate.device)
+            minibatch["weight_squared"] = self._weight_squares.drain(self.coupling, gate.device)
         return minibatch
 
     def _gradients(self, arrived: Mapping[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -426,6 +446,11 @@ class Scores:
                 f"{type(self.model).__name__} returns nothing that can be differentiated back to a gate on the example "
                 "inputs; scores need an output (logits, a loss) that depends on the layers with gradients on"
             )
+
+
+def _own(total: Tensor, device: torch.device) -> Tensor:
+    """``total`` on ``device``, where it may be written to at any time: not as an inference tensor."""
+    return total.to(device, copy=total.is_inference())
 
 
 def _by_samples(arrived: Mapping[str, list[Tensor]]) -> dict[int, list[tuple[str, Tensor]]]:

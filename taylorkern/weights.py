@@ -1,26 +1,39 @@
 """Statistics per unit that come from weights rather than gates: filter norms, scales, squares of w·dw."""
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .coupling import Coupling
-from .folding import BLOCK
+from .coupling.labels import Axis
+from .folding import Folding, block
 
 
-def per_unit(values: Tensor, units: Tensor, count: int) -> Tensor:
-    """Sum ``values`` [..., K] over the unit each belongs to; ``units`` [K] holds unit indices, -1 for none.
+class ByUnit:
+    """Adds up vectors by units, in float64: each in its own order, then one after the other, without atomics.
 
-    Returns [..., count] in float64.
+    ``units`` holds a vector [K] for each of them: the unit of each number, below ``count``, or -1 for none.
 
-    >>> per_unit(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, -1, 0]), 2).tolist()
-    [5.0, 0.0]
+    >>> of = ByUnit([torch.tensor([0, -1, 0]), torch.tensor([1, 0])], 3)
+    >>> of([torch.tensor([1.0, 2.0, 4.0]), torch.tensor([8.0, 16.0])]).tolist()
+    [21.0, 8.0, 0.0]
     """
-    sums = values.new_zeros((*values.shape[:-1], count + 1), dtype=torch.float64)
-    # Index -1 lands in the extra last column, which is cut off again.
-    return sums.index_add_(-1, units.to(values.device) % (count + 1), values.double())[..., :count]
+
+    def __init__(self, units: Sequence[Tensor], count: int, device: torch.device | None = None) -> None:
+        # A slot for every vector and unit that meet
+        pairs = torch.cat([torch.where(of < 0, -1, of + i * count) for i, of in enumerate(units)])
+        slots = pairs[pairs >= 0].unique()  # sorted: vector by vector
+        slot = torch.where(pairs < 0, -1, torch.searchsorted(slots, pairs))
+        self._within = Folding(slot, len(slots), device)
+        self._across = Folding(slots % max(1, count), count, device)
+
+    def __call__(self, vectors: Sequence[Tensor]) -> Tensor:
+        """The sums [count], 0 for a unit without a number."""
+        within, _ = self._within(torch.cat(list(vectors)).unsqueeze(0))
+        return self._across(within.unsqueeze(0))[0]
 
 
 def filter_norm(model: nn.Module, coupling: Coupling) -> Tensor:
@@ -48,6 +61,7 @@ class WeightSquares:
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         self._products: dict[str, Tensor] = {}  # w·dw of the minibatch under way
         self._axes = coupling.filters
+        self._last: tuple[Coupling, list[Axis], torch.device, ByUnit] | None = None
         frozen = [name for name, _ in self._axes if not model.get_parameter(name).requires_grad]
         if frozen:
             raise ValueError(f"taylor_weight needs gradients of the filters, but {frozen[0]} has requires_grad=False")
@@ -55,15 +69,22 @@ class WeightSquares:
         hooks = [hook for name, weight in weights.items() for hook in _adding(self._products, name, weight)]
         self._remove = weakref.finalize(self, _remove_all, hooks)
 
-    def drain(self, coupling: Coupling) -> Tensor:
-        """[U]: what arrived since the last call; zero for a unit without a filter."""
-        total = torch.zeros(len(coupling.units), dtype=torch.float64)
-        for name, dim in sorted(self._axes):
-            if name in self._products:
-                rows = _row_squares(self._products[name], dim)
-                total = total.to(rows.device) + per_unit(rows, coupling.axes[name, dim], len(total))
+    def drain(self, coupling: Coupling, device: torch.device) -> Tensor:
+        """[U], on ``device``: what arrived since the last call; zero for a unit without a filter."""
+        axes = [axis for axis in sorted(self._axes) if axis[0] in self._products]
+        if not axes:
+            return torch.zeros(len(coupling.units), dtype=torch.float64, device=device)
+        rows = [_row_squares(self._products[name], dim).to(device) for name, dim in axes]
         self.clear()
-        return total
+        return self._by_unit(coupling, axes, device)(rows)
+
+    def _by_unit(self, coupling: Coupling, axes: list[Axis], device: torch.device) -> ByUnit:
+        """Kept for the minibatches to come: mostly the same weights have gradients."""
+        last = self._last
+        if last is None or last[0] is not coupling or last[1:3] != (axes, device):
+            sums = ByUnit([coupling.axes[axis] for axis in axes], len(coupling.units), device)
+            self._last = last = coupling, axes, device, sums
+        return last[3]
 
     def clear(self) -> None:
         """Forget what arrived."""
@@ -97,18 +118,21 @@ def _remove_all(hooks: list[RemovableHandle]) -> None:
 def _row_squares(t: Tensor, dim: int) -> Tensor:
     """The sum of squares of every slice along ``dim``, in float64."""
     rows = t.movedim(dim, 0)
-    blocks = rows.split(max(1, BLOCK * len(rows) // max(1, t.numel())))
-    return torch.cat([block.double().square().sum(list(range(1, t.dim()))) for block in blocks])
+    blocks = rows.split(max(1, block(t.device) * len(rows) // max(1, t.numel())))
+    return torch.cat([part.double().square().sum(list(range(1, t.dim()))) for part in blocks])
 
 
 def _over_axes(rows: dict[str, Tensor], axes: set[tuple[str, int]], coupling: Coupling) -> Tensor:
     return _sum_or_inf(rows, {axis: coupling.axes[axis] for axis in axes}, len(coupling.units))
 
 
-def _sum_or_inf(rows: dict[str, Tensor], units: dict[tuple[str, int], Tensor], count: int) -> Tensor:
-    total, seen = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
-    for axis in sorted(units):
-        total = total.to(rows[axis[0]].device)
-        total += per_unit(rows[axis[0]], units[axis], count)
-        seen[units[axis][units[axis] >= 0]] = True
-    return total.masked_fill(~seen.to(total.device), torch.inf)
+def _sum_or_inf(rows: dict[str, Tensor], units: dict[Axis, Tensor], count: int) -> Tensor:
+    seen = torch.zeros(count, dtype=torch.bool)
+    for of in units.values():
+        seen[of[of >= 0]] = True
+    if not units:
+        return torch.full((count,), torch.inf, dtype=torch.float64)
+    axes = sorted(units)
+    device = rows[axes[0][0]].device
+    total = ByUnit([units[axis] for axis in axes], count, device)([rows[name].to(device) for name, _ in axes])
+    return total.masked_fill(~seen.to(device), torch.inf)

@@ -20,7 +20,7 @@ TESTS = [
 TESTS_QUICK = ["tests/test_folding.py"]
 PLUGIN = ["-p", "bench.gpu.counting"]  # counts as tests end, for the run may be stopped
 COMMAND = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", *PLUGIN]
-BACKEND = re.compile(r"^(\w+) by ([\w ]+): (\d+) calls$", re.MULTILINE)
+BACKEND = re.compile(r"^(\w+) by (.+): (\d+) calls$", re.MULTILINE)
 KEPT = 30  # lines
 
 

@@ -9,7 +9,7 @@ namespace {
 // Of every slot and channel: an element, the mean's distance from it, and the summed squared deviation from the mean.
 // Sums of deviations from a number that is near the mean lose nothing to it, however large it is.
 template <class T, class Tile, int V>
-__global__ void __launch_bounds__(kThreads) moments(const T* x, float* pivots, float* offsets, float* m2s,
+__global__ void __launch_bounds__(kThreads, kBlocks) moments(const T* x, float* pivots, float* offsets, float* m2s,
                                                     Tiling tiling) {
   const Tile tile(tiling, blockIdx.x);
   float pivot[Tile::kWidth] = {};
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) moments(const T* x, float* pivots, f
 }
 
 // The batch's mean and variance from those of the slots: their distances from the first one's, weighted, in double
-__global__ void __launch_bounds__(kThreads) statistics(const float* pivots, const float* offsets, const float* m2s,
+__global__ void __launch_bounds__(kThreads, kBlocks) statistics(const float* pivots, const float* offsets, const float* m2s,
                                                        float* mean, float* var, Tiling tiling) {
   const Column column(tiling);
   const int64_t c = column.c;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) statistics(const float* pivots, cons
 }
 
 template <class T, class Tile, int V, class Act>
-__global__ void __launch_bounds__(kThreads) normalisation(const T* x, const T* residual, T* y, uint8_t* mask,
+__global__ void __launch_bounds__(kThreads, kBlocks) normalisation(const T* x, const T* residual, T* y, uint8_t* mask,
                                                           Affine affine, Act act, bool streams, Tiling tiling) {
   struct Inputs {
     Pack<T, V> x, residual;

@@ -60,7 +60,7 @@ struct Centred : ScaleShift {
 
 // Of every slot and channel the sums of (x - mean) * dz and of dz, and s of whole samples
 template <class T, class Tile, int V, class Act, bool kTold>
-__global__ void __launch_bounds__(kThreads, 2) gradient_sums(Tensors<T> of, float* s, float* centred, float* plain,
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums(Tensors<T> of, float* s, float* centred, float* plain,
                                                              Affine affine, Act act, Tiling tiling) {
   const Tile tile(tiling, blockIdx.x);
   Centred channel[Tile::kWidth] = {};
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_sums(Tensors<T> of, floa
 }
 
 // The batch's sums from those of the slots, and s of samples that several slots share
-__global__ void __launch_bounds__(kThreads) parameter_gradients(const float* centred, const float* plain, float* s,
+__global__ void __launch_bounds__(kThreads, kBlocks) parameter_gradients(const float* centred, const float* plain, float* s,
                                                                 float* dweight, float* dbias, Affine affine,
                                                                 Tiling tiling) {
   const Column column(tiling);
@@ -117,7 +117,7 @@ struct OfBatch : Centred {
 };
 
 template <class T, class Tile, int V, class Act, bool kTold>
-__global__ void __launch_bounds__(kThreads, 2) input_gradients(Tensors<T> of, const float* dweight, const float* dbias,
+__global__ void __launch_bounds__(kThreads, kBlocks) input_gradients(Tensors<T> of, const float* dweight, const float* dbias,
                                                                Affine affine, Act act, bool training, bool streams,
                                                                Tiling tiling) {
   // What the pass before this one has read last may still be in the cache.

@@ -6,7 +6,7 @@ namespace {
 
 // s of whole samples, or `parts` [slots, C] of samples that several tiles share
 template <class T, class Tile, int V>
-__global__ void __launch_bounds__(kThreads) scores(const T* a, const T* g, float* s, float* parts, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks) scores(const T* a, const T* g, float* s, float* parts, Tiling tiling) {
   struct Pair {
     Pack<T, V> a, g;
   };
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) scores(const T* a, const T* g, float
   tile.template reduce<1>(stage, add, of_sample, of_tile);
 }
 
-__global__ void __launch_bounds__(kThreads) join(const float* parts, float* s, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks) join(const float* parts, float* s, Tiling tiling) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= tiling.N * tiling.C) return;
   const int64_t n = i / tiling.C, c = i % tiling.C;

@@ -4,7 +4,7 @@
 namespace taylorkern::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) follow_batch(int64_t C, const float* mean, const float* var,
+__global__ void __launch_bounds__(kThreads, kBlocks) follow_batch(int64_t C, const float* mean, const float* var,
                                                          float* running_mean, float* running_var, float momentum,
                                                          float correction) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

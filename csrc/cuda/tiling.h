@@ -12,6 +12,7 @@
 namespace taylorkern::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 2;            // at least, on one processor: they share its registers, and may have them all
 constexpr int64_t kManyBlocks = 1024; // more keep no device busier
 constexpr int kWarp = 32;
 

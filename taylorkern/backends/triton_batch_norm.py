@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import triton_tuning
 from .triton_formula import affine, apply, kernel, loaded, origin, passes, place, stored, tile_of_rows, trips, within
-from .triton_tiles import alignment, power, tiles
+from .triton_tiles import REGISTERS, alignment, power, tiles
 
 JOINED = 2048  # partial sums that a program joins at a time
 BLOCK = 256
@@ -230,10 +230,13 @@ def statistics(sizes: tuple[int, int, int], last: bool, x: Tensor, mean: Tensor,
     shared = (N, C, S, cut.group, cut.chunk, cut.chunks, cut.rows)
     moments_of_tiles[(cut.programs,)](
         x, partial, *shared,
-        last, alignment(C if last else S), cut.wide, cut.samples, cut.channels, cut.positions, num_warps=cut.warps,
+        last, alignment(C if last else S), cut.wide, cut.samples, cut.channels, cut.positions,
+        num_warps=cut.warps, maxnreg=REGISTERS,
     )  # fmt: skip
     rows, channels = joining(cut.rows, C)
-    join_moments[(triton.cdiv(C, channels),)](partial, mean, var, *shared, alignment(C), rows, channels)
+    join_moments[(triton.cdiv(C, channels),)](
+        partial, mean, var, *shared, alignment(C), rows, channels, maxnreg=REGISTERS
+    )  # fmt: skip
 
 
 def joining(rows: int, C: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ PROGRAMS = 2112  # that fill a large device well: 16 on each of 132 multiprocess
 ENOUGH = 264  # that keep all of it busy; with fewer, tiles are made smaller
 LONGEST = 64  # tiles that one program adds up, so that float32 is enough
 LEAST_CHUNK = 256  # positions behind one partial sum, so that these are small beside the tensor
+REGISTERS = 168  # a thread's; left alone, the assembler rather spills a few than takes more than half as many
 REACH = 2**31 - 1  # what an offset of 32 bits holds
 
 

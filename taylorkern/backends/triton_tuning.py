@@ -13,11 +13,13 @@ import triton
 from torch import Tensor
 
 from .triton_formula import INTERPRETED
-from .triton_tiles import REACH, RUN, alignment, fitting, power
+from .triton_tiles import REACH, REGISTERS, RUN, alignment, fitting, power
 
 # Of 8 or 16 elements a thread: with more, where they are loaded one by one, registers don't suffice.
-USUAL = triton.Config({"BLOCK": 2048}, num_warps=8)
-CONFIGS = [USUAL, *(triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((4096, 8), (2048, 4), (1024, 4)))]
+USUAL = triton.Config({"BLOCK": 2048}, num_warps=8, maxnreg=REGISTERS)
+CONFIGS = [
+    USUAL, *(triton.Config({"BLOCK": b}, num_warps=w, maxnreg=REGISTERS) for b, w in ((4096, 8), (2048, 4), (1024, 4)))
+]  # fmt: skip
 LARGEST = 4096
 COLUMNS = 256  # channels of a tile of channels_last
 REPEATS = 10
