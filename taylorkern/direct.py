@@ -5,11 +5,9 @@ kernel has just swept; and a GPU waits for it where tensors are small. csrc/auto
 with the CPU's kernels and with CUDA C++ ones.
 """
 
-from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import autograd, backends
@@ -17,8 +15,9 @@ from .backends import cuda, native
 from .ops import ACTIVATIONS
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # as c10 numbers them
+CUDA = 1  # as c10 numbers types of devices
 _connected: ModuleType | None = None  # the library, once it has been told what to call
+_knows_cuda = False  # and that once it has been told of the CUDA kernels
 
 
 def library() -> ModuleType | None:
@@ -52,23 +51,24 @@ def _waves(x: Any) -> tuple[int, int] | None:
     """What waves of channels may fill of the device's cache, forward and backward; None where others' kernels serve."""
     if getattr(x, "is_cpu", False):
         return 0, 0
-    if not getattr(x, "is_cuda", False) or not _on_cuda():
+    if not getattr(x, "is_cuda", False):
         return None
     serving = [backends.provider(operation, x) for operation in ("batch_norm_act", "batch_norm_act_backward")]
     forward, backward = (k.resident_bytes(x.device) if isinstance(k, cuda.Kernels) else None for k in serving)
-    return None if forward is None or backward is None else (forward, backward)
+    if forward is None or backward is None or not (_knows_cuda or _connect_cuda()):
+        return None
+    return forward, backward
 
 
-@cache
-def _on_cuda() -> bool:
-    """Whether the library knows the CUDA kernels; the first call loads both."""
-    if not cuda.serves(torch.cuda.current_device()):
-        return False
+def _connect_cuda() -> bool:
+    """Tell the library of the CUDA kernels, which are loaded; the first call loads the library too."""
+    global _knows_cuda
     native.load()
     found, addresses = library(), cuda.addresses()
     if found is None or addresses is None:
         return False
-    found.connect_cuda(_DEVICE_TYPES["cuda"], *addresses)
+    found.connect_cuda(CUDA, *addresses)
+    _knows_cuda = True
     return True
 
 

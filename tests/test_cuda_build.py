@@ -711,8 +711,8 @@ def test_the_real_library_is_a_module_by_itself(real):
     assert real.module.cuda.split(".")[0] == built["cuda"].split(".")[0]
     assert real.module.workspace_bytes(2, 64, 49, 0, 0) >= 0
     assert {name for name in dir(real.module) if not name.startswith("_")} == {
-        "architectures", "batch_norm_act", "batch_norm_act_backward", "channel_scores", "compiler", "cuda", "follow",
-        "workspace_bytes",
+        "addresses", "architectures", "batch_norm_act", "batch_norm_act_backward", "channel_scores", "compiler", "cuda",
+        "follow", "workspace_bytes",
     }  # fmt: skip
 
 

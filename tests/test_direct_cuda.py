@@ -160,12 +160,12 @@ def test_without_cuda_kernels_nothing_is_taken_from_a_gpu(monkeypatch):
     class Pretender:
         is_cpu, is_cuda, device = False, True, torch.device("cuda:0")
 
-    monkeypatch.setattr(direct, "_on_cuda", lambda: False)
-    assert direct._waves(Pretender()) is None and direct._waves(None) is None
-    monkeypatch.setattr(direct, "_on_cuda", lambda: True)
     serving = {"batch_norm_act": backends.cuda.resident, "batch_norm_act_backward": backends.cuda.streamed}
     monkeypatch.setattr(backends, "provider", lambda operation, x: serving[operation])
     monkeypatch.setattr(backends.cuda, "_resident_bytes", lambda device: 77)
+    monkeypatch.setattr(direct, "_connect_cuda", lambda: False)
+    assert direct._waves(Pretender()) is None and direct._waves(None) is None
+    monkeypatch.setattr(direct, "_connect_cuda", lambda: True)  # asked again: nobody remembers a failure
     assert direct._waves(Pretender()) == (77, 0)
     serving["batch_norm_act_backward"] = backends.triton_operations
     assert direct._waves(Pretender()) is None

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-import taylorkern
+import taylorkern as tk
 from bench import machine
 from bench.gpu import providers
 from bench.gpu.task import Task
 from bench.gpu.timing import stamped
 from taylorkern import backends, ops
+from taylorkern.layers import fused_batch_norm
 
 COPIED = [2**power for power in range(28, 33)]  # bytes of one copy, far above any cache
 COPIED_QUICK = [2**20, 2**21]
@@ -38,7 +39,7 @@ def facts() -> dict[str, Any]:
         "processor": machine.model(),
         "cores": machine.cores(),
         "python": platform.python_version(),
-        "taylorkern": taylorkern.__version__,
+        "taylorkern": tk.__version__,
     }
 
 
@@ -63,12 +64,15 @@ def served(task: Task) -> list[dict[str, Any]]:
 
 
 def _first_call(kind: str, backend: Any) -> dict[str, Any]:
+    """Calls that build what is to be built: kernels, and the library that calls them from autograd."""
     a = torch.ones(2, 64, 4, 4, device=kind)
+    layer = tk.BatchNorm2d(64).to(kind)
     status, raised = getattr(backend, "status", None), ""
     start = time.perf_counter()
     try:
         with providers.serving(kind, backend):
             serves = bool((ops.channel_scores(a, a) == 16).all())
+            fused_batch_norm(layer, None, a.clone().requires_grad_(), None, "relu").sum().backward()
     except Exception as error:  # told here; the other pieces have to do without this backend
         serves, raised = False, f" ({type(error).__name__}: {error})"
     why = status().reason if status else "always there"

@@ -24,6 +24,7 @@ from bench.pairs import WrongError, quartiles, ratios
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 BATCH, ROUNDS = 256, 15
+JUDGED = ("BN+ReLU", "channel_scores")  # by bars, so first
 FEWER = slice(None, None, 3)  # of an operation's shapes, beside the main dtype and layout
 RIVALS_FACTOR, RIVALS_FLOOR = 10, 1e-4  # what of a rival is no slip of rounding, in torch's own distances from float64
 # Passes over a tensor, forward and backward together, as CUDA's kernels make them: cuDNN reads x twice and writes z,
@@ -65,7 +66,8 @@ def jobs(quick: bool) -> Iterator[Job]:
 
 
 def _over(layout: str, dtype: str, which: slice, under_compiler: bool = False) -> Iterator[Job]:
-    for name, operation in cpu.OPERATIONS.items():
+    for name in sorted(cpu.OPERATIONS, key=lambda name: name not in JUDGED):
+        operation = cpu.OPERATIONS[name]
         for channels, side in operation.shapes[which]:
             yield Job(name, layout, dtype, (BATCH, channels, side, side), under_compiler)
 

@@ -70,7 +70,7 @@ def _tests(part: dict[str, Any]) -> list[str]:
 
 
 def _sanitizer(part: dict[str, Any]) -> list[str]:
-    tools = {tool: part[tool] for tool in ("memcheck", "racecheck") if tool in part}
+    tools = {tool: told for tool, told in part.items() if tool.startswith(("memcheck", "racecheck"))}
     return [
         f"{tool}: {told['found']} found" if "found" in told else f"{tool}: {told['ended']}"
         for tool, told in tools.items()

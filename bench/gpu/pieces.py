@@ -22,14 +22,14 @@ class Piece:
 
 PIECES = {
     "facts": Piece(100, "the device, its copy bandwidth, what serves (builds the kernels)", "bench.gpu.facts"),
-    "determinism": Piece(15, "100 runs with the same bits", "bench.gpu.determinism"),
+    "determinism": Piece(25, "100 runs with the same bits", "bench.gpu.determinism"),
     "precision": Piece(20, "s and gradients of bf16 and fp16 against float64", "bench.gpu.precision"),
-    "operations": Piece(90, "every operation against eager and its rivals", "bench.gpu.operations"),
+    "operations": Piece(95, "every operation against eager and its rivals", "bench.gpu.operations"),
     "steps": Piece(80, "whole ResNet-50 training steps", "bench.gpu.steps"),
-    "tests": Piece(70, "the tests that touch CUDA", "bench.gpu.testing"),
-    "sanitizer": Piece(50, "compute-sanitizer's memcheck and racecheck", "bench.gpu.sanitizer"),
-    "choice": Piece(30, "the fastest backend by operation, dtype, layout and size", "bench.gpu.choice"),
-    "compiled": Piece(75, "training steps under torch.compile", "bench.gpu.compiled_steps"),
+    "tests": Piece(80, "the tests that touch CUDA", "bench.gpu.testing"),
+    "sanitizer": Piece(60, "compute-sanitizer's memcheck and racecheck", "bench.gpu.sanitizer"),
+    "choice": Piece(20, "the fastest backend by operation, dtype, layout and size", "bench.gpu.choice"),
+    "compiled": Piece(55, "training steps under torch.compile", "bench.gpu.compiled_steps"),
 }
 BUDGET = sum(piece.seconds for piece in PIECES.values())
 MARGIN = 0.1  # of a piece's time, in which it should end by itself

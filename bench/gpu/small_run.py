@@ -33,9 +33,13 @@ SLOPE = 0.1
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    kind = parser.parse_args(arguments).device
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="these alone; all by default")
+    options = parser.parse_args(arguments)
+    kind = options.device
     ran, wrong = Counter[str](), []
     for backend in providers.listed(kind):
+        if options.backends and backends.name(backend) not in options.backends:
+            continue
         for dtype, tolerance in DTYPES.items():
             for layout in LAYOUTS.values():
                 for shape in SHAPES:

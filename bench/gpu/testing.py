@@ -10,8 +10,12 @@ from bench.readme import ROOT
 
 # In the order that they are worth.
 TESTS = [
-    "tests/test_cuda*.py",
-    "tests/test_triton*.py",
+    "tests/test_cuda_training.py",
+    "tests/test_cuda_direct.py",
+    "tests/test_cuda.py",
+    "tests/test_cuda_build.py",
+    "tests/test_triton.py",
+    "tests/test_triton_tiles.py",
     "tests/test_ops.py",
     "tests/test_layers.py",
     "tests/test_scores.py",
