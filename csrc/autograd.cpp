@@ -77,8 +77,9 @@ Shape shape(const Tensor& x) {
 bool plain(const Tensor& t) {
   using Key = c10::DispatchKey;
   constexpr c10::DispatchKeySet strange({Key::Python, Key::Negative, Key::ZeroTensor});
-  return t.defined() && t.layout() == at::kStrided && kernels_of(t.device().type()) && t.has_storage() && !t.is_inference() &&
-         !t.key_set().has_any(strange);
+  const Kernels* kernels = t.defined() ? kernels_of(t.device().type()) : nullptr;
+  return kernels && t.layout() == at::kStrided && t.has_storage() && !t.is_inference() &&
+         !t.key_set().has_any(strange) && kernels->takes(t);
 }
 
 bool alike(const Tensor& t, const Tensor& x) {

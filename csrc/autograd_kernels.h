@@ -20,6 +20,7 @@ class Kernels {
  public:
   virtual ~Kernels() = default;
   virtual bool serves(Dtype dtype) const = 0;
+  virtual bool takes(const at::Tensor& t) const = 0;
   // Whether dx or dresidual may take the memory of t, a gradient that came in and that nobody else has
   virtual bool writes_over(const at::Tensor& t, const Shape& shape) const = 0;
   virtual void forward(const BatchNormAct& args, const at::Tensor& x, int64_t resident_bytes) const = 0;
@@ -34,6 +35,7 @@ class CpuKernels final : public Kernels {
   decltype(&cpu::follow) run_follow;
 
   bool serves(Dtype dtype) const override { return dtype != Dtype::f16; }
+  bool takes(const at::Tensor&) const override { return true; }
   // Not where somebody lends the memory to torch
   bool writes_over(const at::Tensor& t, const Shape& shape) const override {
     return whole_lines(shape) && t.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
@@ -56,6 +58,10 @@ class CudaKernels final : public Kernels {
   int32_t (*current_stream)(int32_t device, void** stream);  // of torch; 0 where it went well
 
   bool serves(Dtype dtype) const override { return dtype != Dtype::f64; }
+  // Where 16 bytes can be taken at once: Python brings others there
+  bool takes(const at::Tensor& t) const override {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  }
   bool writes_over(const at::Tensor&, const Shape&) const override { return false; }
   void forward(const BatchNormAct& args, const at::Tensor& x, int64_t resident_bytes) const override {
     run(run_forward, args, x, workspace_bytes(args.shape), resident_bytes);
@@ -73,13 +79,15 @@ class CudaKernels final : public Kernels {
            int64_t resident_bytes) const {
     const c10::OptionalDeviceGuard here(x.device());
     void* stream = nullptr;
-    if (current_stream(x.device().index(), &stream)) throw std::runtime_error("taylorkern: torch tells no CUDA stream");
+    const int32_t failed = current_stream(x.device().index(), &stream);
+    if (failed) throw std::runtime_error("taylorkern: torch tells no CUDA stream");
     const at::Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
     kernel(args, {stream, workspace.mutable_data_ptr(), resident_bytes});
   }
 };
 
-inline std::array<std::unique_ptr<const Kernels>, static_cast<size_t>(c10::COMPILE_TIME_MAX_DEVICE_TYPES)> kernels_by_device;
+constexpr auto kDeviceTypes = static_cast<size_t>(c10::COMPILE_TIME_MAX_DEVICE_TYPES);
+inline std::array<std::unique_ptr<const Kernels>, kDeviceTypes> kernels_by_device;
 
 inline const Kernels* kernels_of(c10::DeviceType type) { return kernels_by_device.at(static_cast<size_t>(type)).get(); }
 

@@ -44,11 +44,6 @@ struct Exponential {
   static TAYLORKERN_INLINE V of(V x) { return std::exp(x); }
 };
 
-template <class V>
-TAYLORKERN_INLINE V sigmoid(V z) {
-  return 1 / (1 + Exponential<V>::of(-z));
-}
-
 // Activations y = act(z), with dL/dz = gradient(z, dy). Those made of straight lines (none, relu, relu6, leaky_relu) can
 // do with a mask in the place of z: the gradient is dy where passes(z) holds, and stopped(dy) elsewhere.
 // A NaN stays NaN, and relu and relu6 pass a gradient there; at a kink the gradient is torch's. A is the accumulation type.

@@ -46,6 +46,49 @@ def test_the_nearest_measurement_of_that_kind_answers(shape, layout, dtype, expe
     assert of.of("batch_norm_act", x) is None
 
 
+def test_a_backward_stays_with_its_forwards_kind_of_kernels():
+    def serving(forward, backward):
+        rows = [
+            row(operation, "float32", "contiguous", 12, backend)
+            for operation, backend in (("batch_norm_act", forward), ("batch_norm_act_backward", backward))
+            if backend
+        ]
+        return choice.Choice(rows).fastest("batch_norm_act_backward", "float32", "contiguous", 12)
+
+    assert serving("cuda", "cuda resident") == "cuda resident"
+    assert serving("triton_operations", "cuda") == "triton_operations"
+    assert serving("triton_operations", "triton_operations") == "triton_operations"
+    assert serving("cuda", None) == "cuda" and serving(None, "cuda") is None
+
+
+def test_a_gpu_has_its_own_rows_or_those_of_one_like_it(monkeypatch, tmp_path):
+    devices = {
+        name: {"capability": capability, "rows": [row("channel_scores", "float32", "contiguous", 12, name)]}
+        for name, capability in (("first", [9, 0]), ("second", [9, 0]), ("third", [8, 6]))
+    }
+    monkeypatch.setattr(choice, "MEASURED", tmp_path / "measured.json")
+    choice.MEASURED.write_text(json.dumps({"devices": devices}))
+    there = [("second", (9, 0)), ("third", (8, 6)), ("another", (9, 0)), ("unknown", (7, 5))]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: there[device.index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: there[device.index][1])
+    choice.on.cache_clear()
+    try:
+        found = [choice.on(torch.device("cuda", i)).of("channel_scores", torch.ones(2, 3, 4)) for i in range(4)]
+    finally:
+        choice.on.cache_clear()
+    assert found == ["second", "third", "first", None]
+
+
+def test_a_backward_is_served_by_what_its_x_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "provider", lambda operation, t: asked.append(t) or reference)
+    dy, x = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    one = torch.ones(3)
+    ops.IMPLEMENTATIONS["batch_norm_act_backward"](dy, x, None, one, one, one, one, True, 0.1, "none", 0.0, False)
+    ops.IMPLEMENTATIONS["channel_scores"](dy, x)
+    assert asked[0] is x and asked[1] is dy
+
+
 def test_the_kept_measurements_name_backends_operations_and_layouts_that_there_are():
     kept = json.loads(choice.MEASURED.read_text())
     names = {backends.name(backend) for backend in backends.PROVIDERS["cuda"]}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import facts
+from bench.gpu import facts, providers
 from bench.gpu.operations import reason
 from bench.gpu.task import Task
 from bench.gpu.timing import stamped
@@ -83,7 +83,7 @@ def _ways(operation: str, given: tuple[Any, ...], kind: str) -> tuple[dict[str, 
     ways: dict[str, Any] = {}
     refused: dict[str, str] = {}
     want: Any = None
-    for backend in backends.PROVIDERS[kind]:
+    for backend in providers.ranked(kind):
         name = backends.name(backend)
         if not backend.supports(operation, given[0]):
             refused[name] = "not served"

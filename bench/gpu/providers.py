@@ -14,6 +14,12 @@ def listed(kind: str) -> list[Any]:
     return [backend for backend in table if backend is not reference] or table
 
 
+def ranked(kind: str) -> list[Any]:
+    """Those among which the fastest is looked for: kernels, where there are several. The reference rounds otherwise."""
+    kernels = listed(kind)
+    return kernels if len(kernels) > 1 else list(backends.PROVIDERS[kind])
+
+
 @contextmanager
 def serving(kind: str, backend: Any) -> Iterator[None]:
     """Within, ``backend`` alone serves that kind of device; what it doesn't know raises NotImplementedError."""

@@ -5,7 +5,7 @@
 
 namespace taylorkern::cuda {
 
-// run(act), or run(act, told): told is whether something else than x may tell the backward act'
+// run(act)
 template <class Run>
 void with_activation(Activation kind, double slope, const Run& run) {
   if (kind == Activation::relu) return run(Relu<float>{});

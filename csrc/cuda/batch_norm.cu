@@ -9,8 +9,8 @@ namespace {
 // Of every slot and channel: an element, the mean's distance from it, and the summed squared deviation from the mean.
 // Sums of deviations from a number that is near the mean lose nothing to it, however large it is.
 template <class T, class Tile, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) moments(const T* x, float* pivots, float* offsets, float* m2s,
-                                                    Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    moments(const T* x, float* pivots, float* offsets, float* m2s, Tiling tiling) {
   const Tile tile(tiling, blockIdx.x);
   float pivot[Tile::kWidth] = {};
   tile.per_channel([&](int64_t c) { return widen(x[tile.middle(c)]); }, pivot);
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) moments(const T* x, float* 
 }
 
 // The batch's mean and variance from those of the slots: their distances from the first one's, weighted, in double
-__global__ void __launch_bounds__(kThreads, kBlocks) statistics(const float* pivots, const float* offsets, const float* m2s,
-                                                       float* mean, float* var, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    statistics(const float* pivots, const float* offsets, const float* m2s, float* mean, float* var, Tiling tiling) {
   const Column column(tiling);
   const int64_t c = column.c;
   const bool live = column.live && tiling.slots > 0;
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) statistics(const float* piv
 
 template <class T, class Tile, int V, class Act>
 __global__ void __launch_bounds__(kThreads, kBlocks) normalisation(const T* x, const T* residual, T* y, uint8_t* mask,
-                                                          Affine affine, Act act, bool streams, Tiling tiling) {
+                                                                   Affine affine, Act act, bool streams,
+                                                                   Tiling tiling) {
   struct Inputs {
     Pack<T, V> x, residual;
   };
@@ -104,15 +105,16 @@ void batch_norm_act(const BatchNormAct& args, const Launch& launch) {
 
     for_waves(tiling, args.shape, 1, launch.resident_bytes, [&](const Tiling& wave) {
       if (args.training) {
-        start(launch, wave.blocks(), Tile::template shared_bytes<float>(2), moments<T, Tile, V>, x, of.sums[0], of.sums[1], of.sums[2],
-              wave);
+        start(launch, wave.blocks(), Tile::template shared_bytes<float>(2), moments<T, Tile, V>, x, of.sums[0],
+              of.sums[1], of.sums[2], wave);
         start(launch, column_blocks(wave), Column::shared_bytes<double>(2), statistics, of.sums[0], of.sums[1],
               of.sums[2], mean, var, wave);
       }
       with_activation(args.activation, args.slope, [&](auto act) {
-        start(launch, wave.blocks(), Tile::template shared_bytes<ScaleShift>(0), normalisation<T, Tile, V, decltype(act)>, x,
-              static_cast<const T*>(args.residual), static_cast<T*>(args.y), static_cast<uint8_t*>(args.mask),
-              Affine::of(args), act, streams(args.shape), wave);
+        start(launch, wave.blocks(), Tile::template shared_bytes<ScaleShift>(0),
+              normalisation<T, Tile, V, decltype(act)>, x, static_cast<const T*>(args.residual),
+              static_cast<T*>(args.y), static_cast<uint8_t*>(args.mask), Affine::of(args), act, streams(args.shape),
+              wave);
       });
     });
   });

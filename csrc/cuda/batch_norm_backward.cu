@@ -60,8 +60,8 @@ struct Centred : ScaleShift {
 
 // Of every slot and channel the sums of (x - mean) * dz and of dz, and s of whole samples
 template <class T, class Tile, int V, class Act, bool kTold>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums(Tensors<T> of, float* s, float* centred, float* plain,
-                                                             Affine affine, Act act, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    gradient_sums(Tensors<T> of, float* s, float* centred, float* plain, Affine affine, Act act, Tiling tiling) {
   const Tile tile(tiling, blockIdx.x);
   Centred channel[Tile::kWidth] = {};
   tile.per_channel([&](int64_t c) { return Centred{ScaleShift::of(affine, c), affine.mean[c]}; }, channel);
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_sums(Tensors<T> of
 }
 
 // The batch's sums from those of the slots, and s of samples that several slots share
-__global__ void __launch_bounds__(kThreads, kBlocks) parameter_gradients(const float* centred, const float* plain, float* s,
-                                                                float* dweight, float* dbias, Affine affine,
-                                                                Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    parameter_gradients(const float* centred, const float* plain, float* s, float* dweight, float* dbias, Affine affine,
+                        Tiling tiling) {
   const Column column(tiling);
   const int64_t c = column.c, sharing = tiling.chunks;
   float sums[2] = {};
@@ -117,9 +117,9 @@ struct OfBatch : Centred {
 };
 
 template <class T, class Tile, int V, class Act, bool kTold>
-__global__ void __launch_bounds__(kThreads, kBlocks) input_gradients(Tensors<T> of, const float* dweight, const float* dbias,
-                                                               Affine affine, Act act, bool training, bool streams,
-                                                               Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    input_gradients(Tensors<T> of, const float* dweight, const float* dbias, Affine affine, Act act, bool training,
+                    bool streams, Tiling tiling) {
   // What the pass before this one has read last may still be in the cache.
   const Tile tile(tiling, tiling.blocks() - 1 - blockIdx.x);
   const float count = static_cast<float>(tiling.N * tiling.S);
@@ -158,12 +158,12 @@ void run(const BatchNormActBackward& args, const Launch& launch, Act act) {
   const int64_t read_twice = args.y ? 3 : 2;
 
   for_waves(tiling, args.shape, read_twice, launch.resident_bytes, [&](const Tiling& wave) {
-    start(launch, wave.blocks(), Tile::template shared_bytes<Centred>(2), gradient_sums<T, Tile, V, Act, kTold>, of, s, centred, plain,
-          affine, act, wave);
+    start(launch, wave.blocks(), Tile::template shared_bytes<Centred>(2), gradient_sums<T, Tile, V, Act, kTold>, of, s,
+          centred, plain, affine, act, wave);
     start(launch, column_blocks(wave), Column::shared_bytes<float>(2), parameter_gradients, centred, plain, s, dweight,
           dbias, affine, wave);
-    start(launch, wave.blocks(), Tile::template shared_bytes<OfBatch>(0), input_gradients<T, Tile, V, Act, kTold>, of, dweight, dbias, affine, act,
-          args.training, streams(args.shape), wave);
+    start(launch, wave.blocks(), Tile::template shared_bytes<OfBatch>(0), input_gradients<T, Tile, V, Act, kTold>, of,
+          dweight, dbias, affine, act, args.training, streams(args.shape), wave);
   });
 }
 

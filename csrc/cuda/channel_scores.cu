@@ -6,7 +6,8 @@ namespace {
 
 // s of whole samples, or `parts` [slots, C] of samples that several tiles share
 template <class T, class Tile, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) scores(const T* a, const T* g, float* s, float* parts, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    scores(const T* a, const T* g, float* s, float* parts, Tiling tiling) {
   struct Pair {
     Pack<T, V> a, g;
   };
@@ -44,8 +45,8 @@ void channel_scores(const ChannelScores& args, const Launch& launch) {
     const Tiling tiling = Tiling::of(args.shape, V);
     const Workspace workspace(launch.workspace, tiling);
     float* const s = static_cast<float*>(args.s);
-    start(launch, tiling.blocks(), Tile::template shared_bytes<float>(1), scores<T, Tile, V>, static_cast<const T*>(args.a),
-          static_cast<const T*>(args.g), s, workspace.sums[0], tiling);
+    start(launch, tiling.blocks(), Tile::template shared_bytes<float>(1), scores<T, Tile, V>,
+          static_cast<const T*>(args.a), static_cast<const T*>(args.g), s, workspace.sums[0], tiling);
     if (tiling.whole_samples()) return;
     start(launch, ceil_div(tiling.N * tiling.C, kThreads), 0, join, workspace.sums[0], s, tiling);
   });

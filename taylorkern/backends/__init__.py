@@ -44,9 +44,14 @@ def _beginning_with(fastest: str | None, providers: tuple[Provider, ...]) -> tup
     return tuple(sorted(providers, key=lambda backend: fastest is not None and name(backend) != fastest))
 
 
+_SUBJECT = {"batch_norm_act_backward": 1}  # which argument decides, if not the first: x, as in the forward
+
+
 def _serve(operation: str) -> Callable:
-    def call(first: Tensor, *rest: Any) -> Any:
-        return getattr(provider(operation, first), operation)(first, *rest)
+    subject = _SUBJECT.get(operation, 0)
+
+    def call(*arguments: Any) -> Any:
+        return getattr(provider(operation, arguments[subject]), operation)(*arguments)
 
     return call
 

@@ -18,6 +18,8 @@ from .frame import CHANNELS_LAST, layout_of
 
 MEASURED = Path(__file__).with_name("measured.json")
 LAYOUTS = ("contiguous", "channels_last")  # by the codes of ops.h
+# A backward that computes z once more has to round it as its forward did: it runs by kernels of the same kind.
+FORWARD = {"batch_norm_act_backward": "batch_norm_act"}
 
 
 class Choice:
@@ -37,9 +39,16 @@ class Choice:
         self._known: dict[tuple[str, torch.dtype, bool, int], str | None] = {}  # by what a call shows at once
 
     def fastest(self, operation: str, dtype: str, layout: str, log2_numel: int) -> str | None:
-        """The backend that was measured to be the fastest at the nearest size; None where nothing was measured."""
+        """The backend that was measured to be the fastest at the nearest size; None where nothing was measured.
+
+        A backward stays with kernels of its forward's kind, be there faster ones or not.
+        """
         sizes = self._measured.get((operation, dtype, layout))
-        return sizes[min(sizes, key=lambda size: abs(size - log2_numel))] if sizes else None
+        found = sizes[min(sizes, key=lambda size: abs(size - log2_numel))] if sizes else None
+        if operation not in FORWARD:
+            return found
+        forward = self.fastest(FORWARD[operation], dtype, layout, log2_numel)
+        return found if _kind(found) == _kind(forward) else forward
 
     def of(self, operation: str, tensor: Tensor) -> str | None:
         """The same for a call on ``tensor`` [N, C, *S]."""
@@ -51,6 +60,11 @@ class Choice:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._known[key] = self.fastest(operation, dtype, LAYOUTS[last], size - 1)
         return self._known[key]
+
+
+def _kind(backend: str | None) -> str:
+    """Of its kernels: "cuda" of "cuda resident" as well."""
+    return backend.split()[0] if backend else ""
 
 
 def rows_for(measured: Mapping[str, Any], name: str, capability: tuple[int, int]) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ def status() -> Status:
     failures = {str(device): reason for device, reason in _found.items() if reason and device.type == "cuda"}
     if failures:
         return Status(False, "; ".join(f"{device}: {reason}" for device, reason in failures.items()))
+    if not _found and not torch.cuda.is_available():
+        return Status(False, "no GPU is visible")
     if not any(not reason for reason in _found.values()):
         return Status(True, "not tried yet: the first use compiles")
     found = kernels()
