@@ -3,6 +3,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -238,7 +239,9 @@ def test_an_oracle_process_that_is_interrupted_keeps_what_it_measured(users, tmp
     slow = users.read_text().replace("def data", "torch.nn.Flatten.forward = slow\n\ndef data")
     users.write_text("import time\n\ndef slow(self, x):\n    time.sleep(0.2)\n    return x.flatten(1)\n" + slow)
     command = [sys.executable, "-m", "taylorkern", *of_user(users, "--together", "1", "--out", str(tmp_path / "out"))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests themselves run in the background of a shell, a child would ignore the signal.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
         shown = ""
         while " 2/24" not in shown:
             shown += process.stderr.read(1) or pytest.fail(shown)
