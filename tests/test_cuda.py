@@ -10,9 +10,7 @@ from torch.library import opcheck
 from taylorkern import backends, ops
 from taylorkern.autograd import ChannelGate, FusedBatchNormAct
 from taylorkern.backends import reference
-from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
-from tests.devices import COMPILED, DEVICES, MARKS, PROVIDERS, captured, forced, needs_gpu, serves, without_waiting
-from tests.test_native import (
+from tests.agreement import (
     EPS,
     EXACT,
     FORMS,
@@ -25,6 +23,8 @@ from tests.test_native import (
     two_pass,
     wide,
 )
+from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
+from tests.devices import COMPILED, DEVICES, MARKS, PROVIDERS, captured, forced, needs_gpu, serves, without_waiting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SUMS = 1e-6  # all are summed in float32, and beyond a tile in float64

@@ -9,32 +9,31 @@ import itertools
 import pytest
 import torch
 
-from taylorkern import ops
 from taylorkern.backends import frame, reference
 from tests import emulated
-from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
-from tests.test_native import (
+from tests.agreement import (
     ELEMENTS,
     EPS,
-    EXACT,
-    FORMS,
+    EVERY,
     MORE_SHAPES,
     SLOPE,
     SUMS,
     VIEWS,
     backward,
     batch_norm_inputs,
+    check_backward,
+    check_channel_scores,
+    check_forward,
     forward,
     told,
     two_pass,
     wide,
 )
+from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no g++ on PATH")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SUMS = SUMS | {torch.float16: 1e-6}  # summed in float32
-ELEMENTS = ELEMENTS | {torch.float16: 5e-4}  # half a unit is 2^-11
 kernels = emulated.Provider()
 
 
@@ -51,57 +50,21 @@ def same(got, expected) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
 def test_channel_scores_agree_with_float64(shape, dtype, layout):
-    a, g = normal(shape, 1, dtype, layout), normal(shape, 2, dtype, layout)
-    s = kernels.channel_scores(a, g)
-    assert s.dtype == torch.float32 and s.is_contiguous()
-    size = reference.channel_scores(a.double().abs(), g.double().abs())
-    error = (s.double() - reference.channel_scores(a.double(), g.double())).abs()
-    assert bool((error <= SUMS[dtype] * size).all())
+    check_channel_scores(kernels, normal(shape, 1, dtype, layout), normal(shape, 2, dtype, layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
 def test_batch_norm_agrees_with_float64(shape, dtype, layout):
-    of = batch_norm_inputs(shape, dtype, layout)
-    for training, (activation, residual) in itertools.product((True, False), FORMS):
-        y, mean, var, mask = forward(kernels, of, training, activation, residual)
-        *expected, passes = forward(reference, of, training, activation, residual, cast=wide)
-        assert y.dtype == dtype
-        assert y.stride() == torch.empty_like(of["x"]).stride()
-        scale = (of["weight"].double() / (expected[2] + EPS).sqrt()).abs()
-        terms = (of["x"].abs().double().amax() + expected[1].abs()) * scale + of["bias"].abs()
-        size = torch.maximum(terms.max(), expected[0].abs().max())
-        assert bool(((y.double() - expected[0]).abs() <= 2 * ELEMENTS[dtype] * size).all()), (training, activation)
-        assert mask.dtype == torch.bool and mask.stride() == passes.stride()
-        beside = torch.minimum(expected[0].abs(), (expected[0] - 6).abs()) <= 2 * SUMS[dtype] * size
-        assert bool(((mask == passes) | beside).all()) if mask.numel() else not passes.numel(), (training, activation)
-        exact = two_pass(of["x"]) if training else expected[1:]
-        assert distance(mean, exact[0]) < SUMS[dtype]
-        assert distance(var, exact[1]) < SUMS[dtype] or float(exact[1].max()) == float(var.max()) == 0
+    check_forward(kernels, batch_norm_inputs(shape, dtype, layout), EVERY)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + MORE_SHAPES)
 def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout):
-    of = batch_norm_inputs(shape, dtype, layout)
-    for training, (activation, residual) in itertools.product((True, False), FORMS):
-        mean, var = of["mean"], of["var"]
-        given = told(forward(kernels, of, False, activation, residual), activation, residual)
-        got = backward(kernels, of, given, mean, var, training, activation, residual)
-        # where z is computed the forward with a residual of zeros decides, so that both are on the same side of a kink
-        if not residual and ops.maskable(activation):
-            nothing = of | {"residual": torch.zeros_like(of["x"])}
-            given = told(forward(kernels, nothing, False, activation, True), activation, True)
-        expected = backward(reference, of, given, mean, var, training, activation, residual, cast=wide)
-        dx, dresidual, dweight, dbias, s = got
-        assert dx.stride() == torch.empty_like(of["x"]).stride()
-        assert dx.dtype == dtype
-        assert distance(dx, expected[0]) < 4 * ELEMENTS[dtype]
-        assert distance(dresidual, expected[1]) <= (0 if activation in EXACT else ELEMENTS[dtype])
-        for got_sum, expected_sum in zip((dweight, dbias, s), expected[2:], strict=True):
-            assert distance(got_sum, expected_sum) < 20 * SUMS[dtype], (training, activation, residual)
+    check_backward(kernels, batch_norm_inputs(shape, dtype, layout), EVERY)
 
 
 def everything(provider, of):

@@ -8,23 +8,23 @@ import warnings
 import pytest
 import torch
 
-from taylorkern import ops
 from taylorkern.backends import reference, triton_tiles
 from taylorkern.backends import triton_operations as operations
-from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
-from tests.test_native import (
+from tests.agreement import (
     EPS,
-    EXACT,
     FORMS,
     SLOPE,
     VIEWS,
     backward,
     batch_norm_inputs,
+    check_backward,
+    check_forward,
     forward,
     told,
     two_pass,
     wide,
 )
+from tests.cases import LAYOUTS, SHAPES, distance, in_layout, normal
 
 pytest.importorskip("triton")
 
@@ -84,44 +84,12 @@ def test_channel_scores_agree_with_float64(shape, dtype, layout):
 
 @pytest.mark.parametrize(("shape", "dtype", "layout", "forms"), list(cases()))
 def test_batch_norm_agrees_with_float64(shape, dtype, layout, forms):
-    of = inputs(shape, dtype, layout)
-    for training, (activation, residual) in forms:
-        y, mean, var, mask = forward(operations, of, training, activation, residual)
-        *expected, passes = forward(reference, of, training, activation, residual, cast=wide)
-        assert y.dtype == dtype
-        assert y.stride() == torch.empty_like(of["x"]).stride()
-        # x*scale + (bias - mean*scale) rounded once: as exact as the size of its terms
-        scale = (of["weight"].double() / (expected[2] + EPS).sqrt()).abs()
-        terms = (of["x"].abs().double().amax() + expected[1].abs()) * scale + of["bias"].abs()
-        size = torch.maximum(terms.max(), expected[0].abs().max())
-        assert bool(((y.double() - expected[0]).abs() <= 2 * ELEMENTS[dtype] * size).all()), (training, activation)
-        assert mask.dtype == torch.bool and mask.stride() == passes.stride()
-        beside = torch.minimum(expected[0].abs(), (expected[0] - 6).abs()) <= 2 * SUMS * size
-        assert bool(((mask == passes) | beside).all()) if mask.numel() else not passes.numel(), (training, activation)
-        exact = two_pass(of["x"]) if training else (of["mean"], of["var"])
-        assert distance(mean, exact[0]) < SUMS
-        assert distance(var, exact[1]) < SUMS or float(exact[1].max()) == float(var.max()) == 0
+    check_forward(operations, inputs(shape, dtype, layout), forms)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "layout", "forms"), list(cases()))
 def test_batch_norm_backward_agrees_with_float64(shape, dtype, layout, forms):
-    of = inputs(shape, dtype, layout)
-    mean, var = of["mean"], of["var"]  # statistics of few values make 1 / std ill-conditioned
-    for training, (activation, residual) in forms:
-        given = told(forward(operations, of, False, activation, True), activation, True) if residual else None
-        got = backward(operations, of, given, mean, var, training, activation, residual)
-        # where z is computed the forward with a residual of zeros decides, so that both are on the same side of a kink
-        if not residual and ops.maskable(activation):
-            nothing = of | {"residual": torch.zeros_like(of["x"])}
-            given = told(forward(operations, nothing, False, activation, True), activation, True)
-        expected = backward(reference, of, given, mean, var, training, activation, residual, cast=wide)
-        dx, dresidual, dweight, dbias, s = got
-        assert dx.stride() == torch.empty_like(of["x"]).stride()
-        assert dx.dtype == dtype
-        assert distance(dx, expected[0]) < 4 * ELEMENTS[dtype]
-        assert distance(dresidual, expected[1]) <= (0 if activation in EXACT else ELEMENTS[dtype])
-        for got_sum, expected_sum in zip((dweight, dbias, s), expected[2:], strict=True):
-            assert distance(got_sum, expected_sum) < 20 * SUMS, (training, activation, residual)
+    check_backward(operations, inputs(shape, dtype, layout), forms)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,8 +27,6 @@ OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
 # it, and of large GPUs each half keeps its own copy of some lines.
 RESIDENT_SHARE = 0.6
 
-ALIGNMENT = 16  # bytes
-
 _lock = threading.Lock()
 _outcome: build.Library | BuildError | None = None  # None before the first use
 _served: frozenset[int] = frozenset()  # indices of the devices that the library has code for
@@ -147,7 +145,7 @@ class _Frame(frame.Frame):
 
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
         """Put a kernel on the current stream: tensors become addresses, 0 for none, and numbers stay what they are."""
-        arguments = tuple(map(_aligned, arguments))  # held until the kernel is on its stream
+        arguments = tuple(map(frame.aligned, arguments))  # held until the kernel is on its stream
         passed = [0 if t is None else t if isinstance(t, _NUMBERS) else t.data_ptr() for t in arguments]
         shape = (*self.sizes(), self.layout, DTYPES[self.dtype])
         # Torch's allocator gives a freed piece of memory to nobody but the stream that it was asked on, and what is put
@@ -159,13 +157,6 @@ class _Frame(frame.Frame):
 
 
 _NUMBERS = (int, float)  # bool too
-
-
-def _aligned(argument: Tensor | float | None) -> Tensor | float | None:
-    """A tensor that starts at a multiple of 16 bytes, as torch's own do: for others, sums have another order."""
-    if isinstance(argument, Tensor) and argument.data_ptr() % ALIGNMENT:
-        return argument.clone()
-    return argument
 
 
 def _launch(device: torch.device, kernel: str, *arguments: float) -> None:

@@ -18,7 +18,6 @@ from .native import Status
 # What isn't here is served by the reference.
 DTYPES = {dtype: code for dtype, code in frame.DTYPES.items() if dtype is not torch.float64}
 OPERATIONS = ("channel_scores", "batch_norm_act", "batch_norm_act_backward")
-ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,7 @@ class _Frame(frame.Frame):
     def call(self, kernel: str, *arguments: Tensor | float | None) -> None:
         last = self.layout == frame.CHANNELS_LAST
         with _current(self.device):
-            kernels().launchers[kernel](self.sizes(), last, *map(_aligned, arguments))
-
-
-def _aligned(argument: Tensor | float | None) -> Tensor | float | None:
-    """A tensor that starts at a multiple of 16 bytes: Triton compiles another kernel, of another order, for others."""
-    if isinstance(argument, Tensor) and argument.data_ptr() % ALIGNMENT:
-        return argument.clone()
-    return argument
+            kernels().launchers[kernel](self.sizes(), last, *map(frame.aligned, arguments))
 
 
 def _current(device: torch.device) -> AbstractContextManager:
