@@ -10,6 +10,7 @@ from tests import interpreter  # noqa: F401
 # isort: split
 from bench.zoo import torchvision
 from tests import counting
+from tests.toolkits import hopper, no_cuda_tools, tools  # noqa: F401
 
 # Beside a CPU build of torch, torchvision's plain import works only after this one.
 with suppress(ImportError):

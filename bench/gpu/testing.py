@@ -13,7 +13,7 @@ TESTS = [
     "tests/test_cuda_training.py",
     "tests/test_cuda_direct.py",
     "tests/test_cuda.py",
-    "tests/test_cuda_build.py",
+    "tests/test_cuda_library.py",
     "tests/test_triton.py",
     "tests/test_triton_tiles.py",
     "tests/test_ops.py",
