@@ -1,14 +1,18 @@
 """Folding: how the gate gradients of some layers' channels, sample by sample, add up to sums over units."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .backends import native
+from .coupling import Coupling
 
 BLOCK = 2**17  # elements that are widened to float64 at a time, to stay in cache: 1 MiB
 _LAUNCHES = 2**24  # the same on other devices, where a launch costs more than memory does: 128 MiB
+
+_FOLDINGS = 8  # kept at most: networks that skip layers at random have others in every minibatch
 
 
 def block(device: torch.device) -> int:
@@ -54,6 +58,15 @@ class Folding:
             return sums, squares
         return self._by_torch(torch.cat(pieces, dim=1))
 
+    def rows(self, *pieces: Tensor) -> Tensor:
+        """s[n, u] itself, [N, count] in float64: what the sums are made of, added in the same order.
+
+        >>> Folding(torch.tensor([0, 1, 0, -1]), 3).rows(torch.tensor([[1.0, 2.0, 3.0, 9.0]])).tolist()
+        [[4.0, 2.0, 0.0]]
+        """
+        s = torch.cat(pieces, dim=1)
+        return self._in_order(self._blocks(s), s.new_zeros(len(s), 1, dtype=torch.float64))
+
     def _runs_in(self, pieces: tuple[Tensor, ...]) -> Tensor:
         widths = tuple(piece.shape[1] for piece in pieces)
         if widths not in self._runs:
@@ -61,20 +74,65 @@ class Folding:
         return self._runs[widths]
 
     def _by_torch(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        width = max(1, block(s.device) // max(1, len(s)))
-        ends = [*range(0, self._here, width), self._here]
-        none = s.new_zeros(2, 1, dtype=torch.float64)
-        found = torch.cat([*(self._block(s, start, end) for start, end in pairwise(ends)), none], dim=1)
-        found = found.index_select(1, self._places)
+        blocks = [torch.stack([rows.sum(0), rows.square_().sum(0)]) for rows in self._blocks(s)]
+        found = self._in_order(blocks, s.new_zeros(2, 1, dtype=torch.float64))
         return found[0], found[1]
 
-    def _block(self, s: Tensor, start: int, end: int) -> Tensor:
-        """Both sums [2, end - start] for a run of units, in this object's order."""
-        first, *more = [columns[start:end] for columns in self._columns if len(columns) > start]
-        rows = s.index_select(1, first).double()  # [N, end - start]
-        for columns in more:
-            rows[:, : len(columns)].add_(s.index_select(1, columns))
-        return torch.stack([rows.sum(0), rows.square_().sum(0)])
+    def _blocks(self, s: Tensor) -> Iterator[Tensor]:
+        """s[n, u] [N, width] for one run of units after the other, in this object's order; each may be written to."""
+        width = max(1, block(s.device) // max(1, len(s)))
+        for start, end in pairwise([*range(0, self._here, width), self._here]):
+            first, *more = [columns[start:end] for columns in self._columns if len(columns) > start]
+            rows = s.index_select(1, first).double()
+            for columns in more:
+                rows[:, : len(columns)].add_(s.index_select(1, columns))
+            yield rows
+
+    def _in_order(self, blocks: Iterable[Tensor], none: Tensor) -> Tensor:
+        """Columns of all units, from those of :meth:`_blocks`; ``none`` [., 1] for a unit without a channel here."""
+        return torch.cat([*blocks, none], dim=1).index_select(1, self._places)
+
+
+class LayersFolding:
+    """The same for the scores of a coupling's layers, as they arrive: several batch sizes, not always all layers."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self._foldings: dict[tuple[tuple[str, ...], torch.device], Folding] = {}
+
+    def gradients(self, arrived: Mapping[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """G = Σ_n s[n, u] and mean_n s̃² with s̃ = N·s, [U] each; s[n, u] is the sum over the unit's places.
+
+        ``arrived`` has s [N, C] by layer. Only scores of one batch size can be summed sample by sample.
+        """
+        gate = fisher = torch.zeros((), dtype=torch.float64)  # goes with every device
+        for samples, scores, folding in self._groups(arrived):
+            sums, squares = folding(*scores)
+            gate, fisher = gate + sums, fisher + samples * squares
+        return gate, fisher
+
+    def rows(self, arrived: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """√N·s [N, U] of each batch size: their squares, summed over n, are mean_n s̃²."""
+        return [folding.rows(*scores).mul_(samples**0.5) for samples, scores, folding in self._groups(arrived)]
+
+    def _groups(self, arrived: Mapping[str, list[Tensor]]) -> Iterator[tuple[int, list[Tensor], Folding]]:
+        groups: dict[int, list[tuple[str, Tensor]]] = {}
+        for layer, scores in arrived.items():
+            for s in scores:
+                groups.setdefault(s.shape[0], []).append((layer, s))
+        for samples, pieces in groups.items():
+            scores = [s for _, s in pieces]
+            yield samples, scores, self._folding(tuple(layer for layer, _ in pieces), scores[0].device)
+
+    def _folding(self, layers: tuple[str, ...], device: torch.device) -> Folding:
+        """How the channels of ``layers`` add up, kept for the minibatches to come: mostly the same layers score."""
+        key = (layers, device)
+        if key not in self._foldings:
+            if len(self._foldings) == _FOLDINGS:
+                self._foldings.clear()
+            units = torch.cat([self._coupling.layers[layer] for layer in layers])
+            self._foldings[key] = Folding(units, len(self._coupling.units), device)
+        return self._foldings[key]
 
 
 def runs(units: Tensor, widths: tuple[int, ...]) -> Tensor:

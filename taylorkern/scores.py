@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 
-from . import backends, weights
+from . import weights
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
-from .folding import Folding
+from .folding import LayersFolding
 from .gates import Gate
+from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix
 from .layers import Gated
 from .outputs import OutputShares
 from .state import untouched
+from .statistics import Statistics, gathered
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "scale": weights.scale,
@@ -26,7 +28,6 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
 FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
-_FOLDINGS = 8  # kept at most: networks that skip layers at random have others in every minibatch
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
 
@@ -58,8 +59,15 @@ class Scores:
     ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight`` and ``taylor_output``,
     which cost a pass over the weights' gradients or the activations and so are not collected by default.
 
+    ``gram`` has a matrix over units kept as well, for :meth:`gram`: "full" [U, U], "blocks" of it, one for the units
+    whose first places share a layer, "reservoir", a uniform sample of ``gram_rows`` rows drawn by ``seed``, or "auto",
+    "full" where 8·U² bytes fit ``gram_budget`` and "blocks" otherwise; None keeps none, unless ``criteria`` names
+    "surgeon", which needs one ("auto"). All of it is float64 and counts towards ``gram_budget``, in bytes; no other
+    statistic changes. A reservoir makes a GPU wait once a minibatch, and can't be captured by a CUDA graph.
+
     Raises ValueError where the model is not converted or only in part, fails on the example, returns nothing
-    differentiable, or has no unit that can be scored.
+    differentiable, or has no unit that can be scored; for an unknown criterion; and where ``gram`` is unknown or takes
+    more than ``gram_budget``.
 
     >>> from taylorkern import convert
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
@@ -78,24 +86,35 @@ class Scores:
         criteria: Iterable[str] = (),
         layers: Iterable[str] | None = None,
         seed: int = 0,
+        gram: str | None = None,
+        gram_budget: int = 2**31,
+        gram_rows: int = 4096,
     ) -> None:
         if not any(isinstance(module, Gated) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no gated layer; call taylorkern.convert(model) first")
         if layers is not None and example_inputs is not None:
             raise ValueError("layers= goes with example_inputs=None; with an example, the coupling finds the layers")
-        wanted = {need for name in criteria for need in criterion(name).needs}
+        if gram_budget < 1 or gram_rows < 1:
+            raise ValueError(f"gram_budget={gram_budget} and gram_rows={gram_rows} must be at least 1")
+        criteria = list(criteria)
+        wanted = {need for name in criteria if name not in NEEDING_GRAM for need in criterion(name).needs}
+        if gram is None and not set(criteria).isdisjoint(NEEDING_GRAM):
+            gram = "auto"
         self.model, self.seed = model, seed
         self._h: Tensor | None = None  # curvature [U] of the minibatch under way
-        self._foldings: dict[tuple[tuple[str, ...], torch.device], Folding] = {}
+        self._rows: list[Tensor] = []  # those whose squares it is, if they are kept
         alone = example_inputs is None
         self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
+        self._by_unit = LayersFolding(self.coupling)
+        self._gram = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
         self._output_shares = OutputShares(self._outputs)
-        self._device = torch.device("cpu")  # where the last scores arrived, and so where the statistics are
-        self._names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
+        names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
+        shapes = {name: (len(self._outputs),) if name == "output_abs" else () for name in names}
+        self._statistics = Statistics(shapes, len(self.units))
         self._attach()
         if not alone:
             self._check_differentiable(example_inputs)
@@ -110,13 +129,13 @@ class Scores:
     def minibatches(self) -> int:
         """Minibatches in the statistics."""
         self.fold()
-        return int(self._count)
+        return int(self._statistics.count)
 
     @property
     def dropped(self) -> int:
         """Minibatches left out because a score was not finite."""
         self.fold()
-        return int(self._dropped)
+        return int(self._statistics.dropped)
 
     def importance(self, name: str) -> Tensor:
         """One importance per unit by criterion ``name`` (see ``taylorkern.criteria``), [U], float64; low goes first.
@@ -126,6 +145,11 @@ class Scores:
         Raises ValueError for an unknown criterion, or one whose statistics were not asked for; RuntimeError where
         no backward has delivered a score yet, or every minibatch was dropped.
         """
+        if name in NEEDING_GRAM:
+            raise ValueError(
+                f"{name} chooses sets, so no unit has an importance of its own: "
+                f'tk.prune(model, x, criterion="{name}") or tk.Pruner(..., criterion="{name}")'
+            )
         return self._evaluate(criterion(name), name)
 
     def predicted_change(self, name: str = "taylor_so_fisher") -> Tensor:
@@ -137,6 +161,47 @@ class Scores:
         Raises ValueError for another criterion, RuntimeError like :meth:`importance`.
         """
         return self._evaluate(change(name), name)
+
+    @property
+    def gram_source(self) -> str:
+        """Whose rows the Gram matrix is made of: "fisher", or "curvature" from the first minibatch that had one on."""
+        kept = self._gram_kept()
+        self.fold()
+        return kept.source
+
+    def gram(self, form: str | None = None) -> list[Block]:
+        """The Gram matrix over units, H = E_b[mean_n Σ r rᵀ], in float64, as blocks that together have every unit once.
+
+        r [U] is s̃[n, :], each n giving one row ("fisher", :attr:`gram_source`); or, from the first minibatch after a
+        reset that :meth:`curvature` was called in on, a row for each of its cotangents v, ∂⟨f[n], v[n]⟩/∂z[n, :],
+        divided by √draws, and E_b is over those minibatches alone. So H's diagonal is the statistic of that name.
+        ``form`` is "full", one block [U, U], or "blocks", one for the units whose first places share a layer; as it is
+        kept by default, and a reservoir in full. The matrices are new, and where the statistics are.
+
+        Raises ValueError where no Gram matrix is kept, for an unknown form or for "full" where "blocks" are kept, and
+        RuntimeError like :meth:`importance`.
+
+        >>> from taylorkern import convert
+        >>> model = convert(nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)))
+        >>> scores = Scores(model, torch.rand(8, 1, 4, 4), gram="full")
+        >>> model(torch.rand(8, 1, 4, 4)).square().mean().backward()
+        >>> [block] = scores.gram()
+        >>> block.units.tolist(), torch.allclose(block.matrix.diag(), scores.importance("taylor_fg"))
+        ([0, 1, 2], True)
+        """
+        kept = self._gram_kept()
+        form = form or (kept.form if kept.form in READABLE else "full")
+        if form not in READABLE:
+            raise ValueError(f"form={form!r} is not one of {', '.join(map(repr, READABLE))}")
+        self.fold()
+        self._check_any()
+        minibatches = self._curvatures() if kept.source == CURVATURE else int(self._statistics.count)
+        return kept.blocks(self.units, form, minibatches)
+
+    def _gram_kept(self) -> Gram:
+        if self._gram is None:
+            raise ValueError("no Gram matrix is kept: ask for one from the start, Scores(..., gram='full')")
+        return self._gram
 
     def _evaluate(self, chosen: Criterion, name: str) -> Tensor:
         self.fold()
@@ -178,11 +243,15 @@ class Scores:
             self._asked += 1
             return
         h = torch.zeros((), dtype=torch.float64)
+        rows: list[Tensor] = []
         repeats = draws if method != "exact" else 1
         for _ in range(repeats):
             for v in cotangents(logits, targets, loss, method, generator):
-                h = h + self._gradients(self._rows_of(logits, v / len(logits)))[1]
+                found = self._rows_of(logits, v / len(logits))
+                h = h + self._by_unit.gradients(found)[1]
+                rows += self._gram_rows(found, CURVATURE)
         self._h = h / repeats
+        self._rows = [some.div_(repeats**0.5) for some in rows]
         self._asked += 1
 
     @property
@@ -192,7 +261,7 @@ class Scores:
 
     def forget_curvature(self) -> None:
         """Drop a curvature that waits; a new forward does, so that it never joins another minibatch's scores."""
-        self._h = None
+        self._h, self._rows = None, []
 
     def _rows_of(self, logits: Tensor, cotangent: Tensor) -> dict[str, list[Tensor]]:
         leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]
@@ -218,14 +287,10 @@ class Scores:
     def reset(self) -> None:
         """Forget every minibatch so far."""
         self._discard()
-        units, device = len(self.coupling.units), self._device
-        self._sums = {name: torch.zeros(units, dtype=torch.float64, device=device) for name in self._names}
-        if self._outputs:
-            self._sums["output_abs"] = torch.zeros(units, len(self._outputs), dtype=torch.float64, device=device)
+        self._statistics.reset(len(self.units))
+        if self._gram:
+            self._gram.reset()
         self._asked = 0  # calls of curvature()
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._curved = torch.zeros((), dtype=torch.int64, device=device)  # minibatches with a curvature
-        self._dropped = torch.zeros((), dtype=torch.int64, device=device)
         self._silent = set(self._gates)
 
     def detach(self) -> None:
@@ -241,45 +306,99 @@ class Scores:
     def state_dict(self) -> dict[str, Any]:
         """The statistics, for ``torch.save``; what has arrived is folded first."""
         self.fold()
-        return {
+        state = {
             "fingerprint": self.coupling.fingerprint,
-            "sums": {name: total.clone() for name, total in self._sums.items()},
-            "minibatches": int(self._count),
-            "curved": int(self._curved),
+            **self._statistics.state_dict(),
             "asked": self._asked,
-            "dropped": int(self._dropped),
             "silent": sorted(self._silent),
         }
+        return state | ({"gram": self._gram.state_dict()} if self._gram else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict` of the same model; ValueError, and no change, for another model's."""
+        """Go on from a :meth:`state_dict` of the same model, to the bit.
+
+        A Gram matrix in it is left out where none is kept here. Raises ValueError, and changes nothing, for another
+        model's state, or one that lacks a statistic or the Gram matrix in the form kept here.
+        """
+        self._check_state(state)
+        self._discard()
+        self._statistics.load_state_dict(state)
+        if self._gram:
+            self._gram.load_state_dict(state["gram"])
+        self._asked = state["asked"]
+        self._silent = set(state["silent"])
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add a :meth:`state_dict` of the same model, from another process or epoch: its minibatches join those here.
+
+        Reservoirs become one sample, uniform over both's rows. A Gram matrix in the state is left out where none is
+        kept here. Raises ValueError, and changes nothing but that what has arrived is folded, where
+        :meth:`load_state_dict` would, or where one side's Gram matrix has a curvature's rows and the other's Fisher's.
+        """
+        self.fold()
+        self._check_state(state)
+        if self._gram:
+            self._check_sources(state)
+            self._gram.merge(state["gram"])
+        self._statistics.merge(state)
+        self._asked += state["asked"]
+        self._silent &= set(state["silent"])
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Have in every process of ``group`` (``torch.distributed``; all by default) the minibatches of all of them.
+
+        States are gathered and merged by rank, so every process ends with the same bits; for a moment each holds all
+        states. Call it once, when the statistics are to be read, and :meth:`reset` before further minibatches: a
+        second call would count the first one's again.
+
+        Raises RuntimeError where there is no process group or this process is not in it, and ValueError, with
+        everything as it was, where :meth:`merge` does.
+        """
+        own = self.state_dict()
+        first, *others = gathered(own, group)
+        try:
+            self.load_state_dict(first)
+            for state in others:
+                self.merge(state)
+        except ValueError:
+            self.load_state_dict(own)
+            raise
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("fingerprint") != self.coupling.fingerprint:
             raise ValueError(
                 "these scores belong to another model, or to this one before or after a cut: "
                 f"fingerprint {state.get('fingerprint')!r}, here {self.coupling.fingerprint!r}"
             )
         self.check_statistics(state)
-        self._discard()
-        self._sums = {name: state["sums"][name].clone() for name in self._names}
-        self._count = torch.tensor(state["minibatches"])
-        self._curved = torch.tensor(state["curved"])
-        self._asked = state["asked"]
-        self._dropped = torch.tensor(state["dropped"])
-        self._silent = set(state["silent"])
+
+    def _check_sources(self, state: Mapping[str, Any]) -> None:
+        sides = (
+            (self._gram_kept().source, int(self._statistics.count)),
+            (state["gram"]["source"], state["minibatches"]),
+        )
+        sources = {source for source, minibatches in sides if source == CURVATURE or minibatches}
+        if len(sources) > 1:
+            raise ValueError(
+                f"rows of two kinds make no Gram matrix: {sides[1][0]!r} in these scores, {sides[0][0]!r} here; call "
+                "scores.curvature in both or in neither"
+            )
 
     def check_statistics(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the :meth:`state_dict` ``state`` holds every statistic collected here."""
-        missing = set(self._names) - set(state["sums"])
-        if missing:
-            raise ValueError(f"these scores lack the statistics {sorted(missing)}; pass the same criteria= as then")
+        """Raise ValueError unless the :meth:`state_dict` ``state`` holds everything that is collected here."""
+        self._statistics.check(state)
+        if self._gram:
+            self._gram.check(state.get("gram"))
 
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
         self.fold()
-        self._h = None
+        self.forget_curvature()
         self.coupling = coupling
-        self._foldings.clear()
-        self._sums = {name: total[kept.to(total.device)] for name, total in self._sums.items()}
+        self._by_unit = LayersFolding(coupling)
+        self._statistics.keep(kept)
+        if self._gram:
+            self._gram.keep(kept)
 
     @_disable_dynamo
     def fold(self) -> None:
@@ -288,32 +407,16 @@ class Scores:
         if not arrived:
             return
         with torch.inference_mode(False), torch.no_grad():
-            self._add(self._minibatch(arrived))
-
-    def _add(self, minibatch: Mapping[str, Tensor]) -> None:
-        self._move_to(minibatch["gate"].device)
-        totals = [self._sums[name] for name in minibatch]
-        found, finite = backends.accumulate(totals, [*minibatch.values()])
-        if found is not totals:
-            # Into the same memory: where a CUDA graph has captured this, the next replay adds to it.
-            torch._foreach_copy_(totals, list(found))
-        self._count += finite
-        if self._h is not None:
-            self._curved += finite
-        self._h = None
-        self._dropped += 1 - finite
-
-    def _move_to(self, device: torch.device) -> None:
-        """Have the statistics where scores arrive. Moving them waits for a GPU, so a reset leaves them there."""
-        self._sums = {name: _own(total, device) for name, total in self._sums.items()}
-        self._count, self._curved, self._dropped = (
-            _own(number, device) for number in (self._count, self._curved, self._dropped)
-        )
-        self._device = device
+            minibatch, curved = self._minibatch(arrived), self._h is not None
+            rows = self._rows if curved else self._gram_rows(arrived, FISHER)
+            finite = self._statistics.add(minibatch, curved)
+            if self._gram and self._gram.wants(source := CURVATURE if curved else FISHER):
+                self._gram.add(rows, finite, source)
+        self.forget_curvature()
 
     def _discard(self) -> None:
         self._take()
-        self._h = None
+        self.forget_curvature()
         for gate in self._gates.values():
             gate.drain_elements()
         if self._weight_squares:
@@ -326,9 +429,9 @@ class Scores:
     def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
         self._silent.difference_update(arrived)
-        gate, fisher = self._gradients(arrived)
+        gate, fisher = self._by_unit.gradients(arrived)
         of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._bn}
-        bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._gradients(of_bn)[0]
+        bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._by_unit.gradients(of_bn)[0]
         minibatch = {
             "gate": gate,
             "gate_squared": gate.square(),
@@ -348,24 +451,9 @@ class Scores:
             minibatch["weight_squared"] = self._weight_squares.drain(self.coupling, gate.device)
         return minibatch
 
-    def _gradients(self, arrived: Mapping[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """G = Σ_n s[n, u] and mean_n s̃² with s̃ = N·s, [U] each; s[n, u] is the sum over the unit's places."""
-        gate = fisher = torch.zeros((), dtype=torch.float64)  # goes with every device
-        for samples, pieces in _by_samples(arrived).items():
-            scores = [s for _, s in pieces]  # [N, C] each
-            sums, squares = self._folding(tuple(layer for layer, _ in pieces), scores[0].device)(*scores)
-            gate, fisher = gate + sums, fisher + samples * squares
-        return gate, fisher
-
-    def _folding(self, layers: tuple[str, ...], device: torch.device) -> Folding:
-        """How the channels of ``layers`` add up, kept for the minibatches to come: mostly the same layers score."""
-        key = (layers, device)
-        if key not in self._foldings:
-            if len(self._foldings) == _FOLDINGS:
-                self._foldings.clear()
-            units = torch.cat([self.coupling.layers[layer] for layer in layers])
-            self._foldings[key] = Folding(units, len(self.coupling.units), device)
-        return self._foldings[key]
+    def _gram_rows(self, arrived: Mapping[str, list[Tensor]], source: str) -> list[Tensor]:
+        """The rows of a Gram matrix, none where they would not count."""
+        return self._by_unit.rows(arrived) if self._gram and self._gram.wants(source) else []
 
     def _statistic(self, need: str, name: str) -> Tensor:
         if need in _STATIC:
@@ -374,12 +462,20 @@ class Scores:
             generator = torch.Generator().manual_seed(self.seed)
             dense = self.coupling.dense
             return torch.rand(int(dense.max()) + 1, dtype=torch.float64, generator=generator)[dense]
-        if need not in self._sums:
+        if need not in self._statistics.sums:
             raise ValueError(f"{name} needs statistics that were not collected: Scores(..., criteria=[{name!r}])")
         return self._mean(need)
 
     def _mean(self, need: str) -> Tensor:
-        count, dropped = int(self._count), int(self._dropped)
+        self._check_any()
+        count = self._curvatures() if need in FROM_CURVATURE else int(self._statistics.count)
+        total = self._statistics.sums[need]
+        judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
+        return torch.where(judged.to(total.device), total / count, torch.inf)
+
+    def _check_any(self) -> None:
+        """Raise RuntimeError, with the reason, where no minibatch has been added; warn of layers that never scored."""
+        count, dropped = int(self._statistics.count), int(self._statistics.dropped)
         if count == 0 and dropped:
             raise RuntimeError(
                 f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
@@ -396,20 +492,16 @@ class Scores:
         if self._silent:
             warnings.warn(
                 f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
-                stacklevel=4,
+                stacklevel=5,
             )
-        if need in FROM_CURVATURE:
-            count = self._curvatures()
-        judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
-        return torch.where(judged.to(self._sums[need].device), self._sums[need] / count, torch.inf)
 
     def _curvatures(self) -> int:
-        if not int(self._curved):
+        if not int(self._statistics.curved):
             raise RuntimeError(
                 "no curvature yet: call scores.curvature(logits, targets) after the forward and before "
                 "loss.backward(), with no other forward in between"
             )
-        return int(self._curved)
+        return int(self._statistics.curved)
 
     def _attach(self) -> None:
         gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
@@ -446,20 +538,6 @@ class Scores:
                 f"{type(self.model).__name__} returns nothing that can be differentiated back to a gate on the example "
                 "inputs; scores need an output (logits, a loss) that depends on the layers with gradients on"
             )
-
-
-def _own(total: Tensor, device: torch.device) -> Tensor:
-    """``total`` on ``device``, where it may be written to at any time: not as an inference tensor."""
-    return total.to(device, copy=total.is_inference())
-
-
-def _by_samples(arrived: Mapping[str, list[Tensor]]) -> dict[int, list[tuple[str, Tensor]]]:
-    """Scores of one batch size together: only they can be summed sample by sample."""
-    groups: dict[int, list[tuple[str, Tensor]]] = {}
-    for layer, scores in arrived.items():
-        for s in scores:
-            groups.setdefault(s.shape[0], []).append((layer, s))
-    return groups
 
 
 def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:
