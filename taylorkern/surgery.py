@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compensation import folded, rounded
 from .coupling import Coupling
 from .fit import changes, fit_attributes
 from .state import named_tensors, replace_data
@@ -24,6 +25,7 @@ def cut(
     example_inputs: Any,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     verify: bool = True,
+    gates: Tensor | None = None,
 ) -> Coupling:
     """Remove the units ``removed`` (indices into ``coupling.units``) from ``model``, in place.
 
@@ -31,6 +33,12 @@ def cut(
     state of ``optimizers`` are cut alike; module attributes follow. With ``verify`` the cut model is first compared
     with the dense one in which the consumers' weights for the removed units are zero (see
     ``taylorkern.verification``). Returns the coupling of the cut model, ready for the next cut.
+
+    ``gates`` z [U] are folded in with the same stroke, also where nothing is removed: at every place of a kept unit u
+    the layer's weight and bias are multiplied by z[u], in float64 and rounded once, so the cut model computes what the
+    dense one does with these gates at its layers' outputs (see ``taylorkern.compensation``). Entries of removed units
+    are ignored. Gradients and the state of ``optimizers`` are cut as ever and not rescaled: they stem from the weights
+    before. Verified are the weights before they are rounded.
 
     Raises ValueError where the request is wrong and SurgeryError where the cut model would fail or compute something
     else; nothing has changed then.
@@ -43,18 +51,22 @@ def cut(
     (2, (2, 8))
     """
     gone = _checked(removed, coupling)
-    if not len(gone):
+    if not len(gone) and gates is None:
         return coupling
     named, stays = named_tensors(model), coupling.staying(gone)
     plan = _plan(named, coupling, stays)
-    new = {named[name]: _sliced(named[name], keep) for name, keep in plan.items()}
-    edits = [edit for name, keep in plan.items() for edit in _tensor_edits(named[name], new[named[name]], keep)]
-    keeps = {named[name]: keep for name, keep in plan.items()}
-    edits += [edit for optimizer in optimizers for edit in _state_edits(optimizer, keeps, _names(named))]
-    if verify:
-        check(model, coupling, gone, {name: new[named[name]] for name in plan}, example_inputs)
+    scaled = {} if gates is None else folded(model, coupling, gone, gates)
+    keeps = {name: plan.get(name, {}) for name in (*plan, *scaled)}
+    new = {name: _new(name, named[name], scaled.get(name), keep) for name, keep in keeps.items()}
+    edits = [_tensor_edit(named[name], new[name], keep) for name, keep in keeps.items()]
+    if plan:
+        cuts = {named[name]: keep for name, keep in plan.items()}
+        edits += [edit for optimizer in optimizers for edit in _state_edits(optimizer, cuts, _names(named))]
+    if verify and keeps:
+        exact = {name: _sliced(values, keeps[name]) for name, values in scaled.items()}
+        check(model, coupling, gone, new | exact, example_inputs, gates)
     _perform(model, edits)
-    return coupling.keep(stays[:-1].nonzero().flatten())
+    return coupling.keep(stays[:-1].nonzero().flatten()) if len(gone) else coupling
 
 
 def _checked(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:
@@ -93,6 +105,11 @@ def _plan(named: dict[str, Tensor], coupling: Coupling, stays: Tensor) -> dict[s
     return plan
 
 
+def _new(name: str, tensor: Tensor, scaled: Tensor | None, keep: Keep) -> Tensor:
+    """What ``tensor`` will hold: rounded from ``scaled`` where there is one, then cut."""
+    return _sliced(tensor if scaled is None else rounded(name, tensor, scaled), keep)
+
+
 def _sliced(tensor: Tensor, keep: Keep) -> Tensor:
     """``tensor`` at the kept indices, in a tensor of its own with the same order of strides."""
     new = tensor.detach()
@@ -110,10 +127,10 @@ class _Edit:
     undo: Callable[[], None]
 
 
-def _tensor_edits(tensor: Tensor, new: Tensor, keep: Keep) -> list[_Edit]:
+def _tensor_edit(tensor: Tensor, new: Tensor, keep: Keep) -> _Edit:
     old, grad = tensor.data, tensor.grad if tensor.is_leaf else None
-    new_grad = None if grad is None else _sliced(grad, keep)
-    return [_Edit(lambda: replace_data(tensor, new, new_grad), lambda: replace_data(tensor, old, grad))]
+    new_grad = _sliced(grad, keep) if grad is not None and keep else grad
+    return _Edit(lambda: replace_data(tensor, new, new_grad), lambda: replace_data(tensor, old, grad))
 
 
 def _state_edits(optimizer: torch.optim.Optimizer, keeps: dict[Tensor, Keep], names: dict[Tensor, str]) -> list[_Edit]:

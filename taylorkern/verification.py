@@ -2,7 +2,8 @@
 
 Both run in evaluation mode on the example inputs, in float64 where the model runs in it. What is compared: every
 output, and of every gateable layer the channels that stay. Equal up to rounding: the two add the same products, but
-convolutions and matrix products of other sizes add them in another order.
+convolutions and matrix products of other sizes add them in another order. With gates, the dense one runs with them
+multiplied at the layers' outputs, while the cut one has them in its weights, not yet rounded where it runs in float64.
 """
 
 import warnings
@@ -54,30 +55,40 @@ class _Run:
     operations: list[str] = field(default_factory=list)  # since the last step
     outputs: list[Tensor] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)  # of what goes in, and narrower ones that occur on the way
+    factors: dict[str, Tensor] = field(default_factory=dict)  # layer → [C], which its output is multiplied by
     module: str = ""
     pending: str = ""  # the operation that has begun and not ended
 
 
-def check(model: nn.Module, coupling: Coupling, gone: Tensor, new: dict[str, Tensor], example_inputs: Any) -> None:
+def check(
+    model: nn.Module,
+    coupling: Coupling,
+    gone: Tensor,
+    new: dict[str, Tensor],
+    example_inputs: Any,
+    gates: Tensor | None = None,
+) -> None:
     """Raise SurgeryError unless ``model`` with the tensors ``new`` computes what it computes with ``gone`` masked.
 
-    The model itself is left as it was, whatever happens.
+    With ``gates`` [U] it is to compute what it computes with them at the outputs of the layers that produce the other
+    units. ``new`` may be in float64, to be rounded to the model's dtypes where it runs in them. The model itself is
+    left as it was, whatever happens.
     """
-    named = named_tensors(model)
-    change: Callable[[Tensor], Tensor] = _in_float64
+    named, factors = named_tensors(model), _factors(coupling, gone, gates)
+    change: _Change = _in_float64
     try:
         inputs = in_float64(example_inputs)
-        dense = _observe(model, _masked(named, coupling, gone, change), inputs)
+        dense = _observe(model, _masked(named, coupling, gone, change), inputs, factors)
     except Exception as error:
-        inputs, change = example_inputs, Tensor.detach
-        dense = _observe_own_dtype(model, _masked(named, coupling, gone, change), inputs)
+        inputs, change = example_inputs, _in_its_own
+        dense = _observe_own_dtype(model, _masked(named, coupling, gone, change), inputs, factors)
         warnings.warn(
             f"{type(model).__name__} does not run in float64 ({error}), so the cut is verified in its own precision "
             f"only: differences below {_tolerance(dense):.0e} of a layer's largest channel can't be seen",
             stacklevel=5,
         )
-    lost = _Lost(coupling, gone)
-    with _substituted(model, {name: change(new.get(name, tensor)) for name, tensor in named.items()}):
+    lost = _Lost(coupling, gone, gates is not None)
+    with _substituted(model, {name: change(new.get(name, tensor), tensor.dtype) for name, tensor in named.items()}):
         thin = _Run(dtypes=dense.dtypes)
         try:
             _watch(model, inputs, thin)
@@ -88,11 +99,32 @@ def check(model: nn.Module, coupling: Coupling, gone: Tensor, new: dict[str, Ten
             _run_in_training(model, inputs, lost)
 
 
-def _masked(
-    named: dict[str, Tensor], coupling: Coupling, gone: Tensor, change: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+_Change = Callable[[Tensor, torch.dtype], Tensor]  # a tensor and the dtype it has in the model → the tensor to run with
+
+
+def _in_float64(tensor: Tensor, own: torch.dtype) -> Tensor:
+    return tensor.detach().to(torch.float64 if tensor.is_floating_point() else own)
+
+
+def _in_its_own(tensor: Tensor, own: torch.dtype) -> Tensor:
+    return tensor.detach().to(own)
+
+
+def _factors(coupling: Coupling, gone: Tensor, gates: Tensor | None) -> dict[str, Tensor]:
+    """Of every layer with a gate that is not 1, the gates of its channels [C]; 1 for the units ``gone``."""
+    if gates is None:
+        return {}
+    z = torch.ones(len(coupling.units) + 1, dtype=torch.float64)
+    stays = coupling.staying(gone)[:-1]
+    z[:-1][stays] = gates.detach().to(z)[stays]
+    found = {layer: z[units] for layer, units in coupling.layers.items()}
+    return {layer: factors for layer, factors in found.items() if bool((factors != 1).any())}
+
+
+def _masked(named: dict[str, Tensor], coupling: Coupling, gone: Tensor, change: _Change) -> dict[str, Tensor]:
     """Every tensor, changed, and nought in what the consumers multiply the units ``gone`` with."""
-    masked, stays = {name: change(tensor) for name, tensor in named.items()}, coupling.staying(gone)
+    masked = {name: change(tensor, tensor.dtype) for name, tensor in named.items()}
+    stays = coupling.staying(gone)
     for name, dim in coupling.consumers:
         if masked[name].data_ptr() == named[name].data_ptr():
             masked[name] = masked[name].clone()
@@ -101,20 +133,16 @@ def _masked(
     return masked
 
 
-def _in_float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64) if tensor.is_floating_point() else tensor.detach()
-
-
-def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
-    seen = _Run(dtypes=_floating((values, inputs)))
+def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any, factors: dict[str, Tensor]) -> _Run:
+    seen = _Run(dtypes=_floating((values, inputs)), factors=factors)
     with _substituted(model, values):
         _watch(model, inputs, seen)
     return seen
 
 
-def _observe_own_dtype(model: nn.Module, values: dict[str, Tensor], inputs: Any) -> _Run:
+def _observe_own_dtype(model: nn.Module, values: dict[str, Tensor], inputs: Any, factors: dict[str, Tensor]) -> _Run:
     try:
-        return _observe(model, values, inputs)
+        return _observe(model, values, inputs, factors)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} does not run on the example inputs: {error}") from error
 
@@ -147,12 +175,14 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
         stack.append(paths.get(module, ""))
         seen.module = stack[-1]
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
         if module in paths and gateable(module):
+            output = _multiplied(module, output, seen.factors.get(paths[module]))
             seen.steps.append(_Step(paths[module], *_digest(module, output), seen.operations))
             seen.operations = []
         stack.pop()
         seen.module = stack[-1] if stack else ""
+        return output
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
@@ -162,6 +192,14 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _multiplied(module: nn.Module, output: Tensor, factors: Tensor | None) -> Tensor:
+    if factors is None:
+        return output
+    shape = [1] * output.dim()
+    shape[channel_dim(module, output)] = len(factors)
+    return output * factors.to(output).view(shape)
 
 
 class _Operations(TorchDispatchMode):
@@ -219,10 +257,10 @@ def _check_finite(dense: _Run) -> None:
     """Networks whose numbers have overflowed can't be compared: say so instead of blaming the cut."""
     lost = [step.layer for step in dense.steps if not step.scale.isfinite().all()]
     if lost or not all(output.isfinite().all() for output in dense.outputs):
-        where = lost[0] if lost else "the outputs"
+        where, gated = lost[0] if lost else "the outputs", ", with these gates," if dense.factors else ""
         raise SurgeryError(
-            f"refused: before any cut the network computes non-finite numbers at {where} on the example inputs, so "
-            "nothing can be compared; have its weights diverged, or are the example inputs not finite?",
+            f"refused: before any cut{gated} the network computes non-finite numbers at {where} on the example inputs, "
+            "so nothing can be compared; have its weights diverged, or are the example inputs not finite?",
             module=where,
         )
 
@@ -243,6 +281,7 @@ class _Lost:
 
     coupling: Coupling
     gone: Tensor
+    gated: bool
 
     def stays(self, layer: str) -> Tensor | None:
         units = self.coupling.outputs.get(layer)
@@ -250,9 +289,10 @@ class _Lost:
 
     def differs(self, what: str, before: str, operations: list[str]) -> SurgeryError:
         unit = self._unit(what)
+        dense = "dense one with these gates" if self.gated else "masked dense one"
         return SurgeryError(
-            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, the network would "
-            f"differ from the masked dense one at {what}; operations since {before}: {', '.join(operations) or 'none'}",
+            f"refused: {self._changed(unit)}, the network would differ from the {dense} at {what}; operations since "
+            f"{before}: {', '.join(operations) or 'none'}",
             operations[0].split(" in ")[0] if operations else "",
             what,
             unit,
@@ -263,23 +303,26 @@ class _Lost:
         unit = self._unit(last)
         what = f"{seen.pending or 'the code'} in {f'module {seen.module!r}' if seen.module else 'the model itself'}"
         return SurgeryError(
-            f"refused: without unit {unit} {self._places(unit)} and {len(self.gone) - 1} more, {what} fails: {error}; "
-            f"operations since {last or 'the inputs'}: {', '.join(seen.operations) or 'none'}. If a width is a fixed "
-            "number there, take it from the tensor's shape instead",
+            f"refused: {self._changed(unit)}, {what} fails: {error}; operations since {last or 'the inputs'}: "
+            f"{', '.join(seen.operations) or 'none'}. If a width is a fixed number there, take it from the tensor's "
+            "shape instead",
             seen.pending,
             seen.module,
             unit,
         )
 
-    def _unit(self, layer: str) -> int:
+    def _unit(self, layer: str) -> int | None:
         """A removed unit of this layer, or the first one removed."""
         units = self.coupling.outputs.get(layer)
         here = self.gone[torch.isin(self.gone, units)] if units is not None else self.gone
-        return int(here[0] if len(here) else self.gone[0])
+        return next(iter((*here.tolist(), *self.gone.tolist())), None)
 
-    def _places(self, unit: int) -> str:
-        layer, channel = self.coupling.units[unit].places[0]
-        return f"({layer}, channel {channel})"
+    def _changed(self, unit: int | None) -> str:
+        changes = ["with the gates folded into the weights"] if self.gated else []
+        if unit is not None:
+            layer, channel = self.coupling.units[unit].places[0]
+            changes.insert(0, f"without unit {unit} ({layer}, channel {channel}) and {len(self.gone) - 1} more")
+        return " and ".join(changes)
 
 
 def _run_in_training(model: nn.Module, inputs: Any, lost: _Lost) -> None:
