@@ -44,23 +44,38 @@ class Meter:
         if of not in MEASURES:
             raise ValueError(f"of={of!r} is not one of {', '.join(MEASURES)}")
         terms = list(MEASURES[of](model, coupling))
-        vectors = [vector for _, vectors in terms for vector in vectors]
+        self.vectors = distinct(vector for _, vectors in terms for vector in vectors)
+        number = {vector.numpy().tobytes(): i for i, vector in enumerate(self.vectors)}
         units = len(coupling.units)
         self._sizes = torch.tensor([size for size, _ in terms], dtype=torch.float64)
-        self._term = torch.tensor([i for i, (_, vectors) in enumerate(terms) for _ in vectors], dtype=torch.int64)
-        self._lengths = torch.tensor([len(vector) for vector in vectors], dtype=torch.int64)
+        pairs = [(i, number[vector.numpy().tobytes()]) for i, (_, vectors) in enumerate(terms) for vector in vectors]
+        self._term, self._vector = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+        self._lengths = torch.tensor([len(vector) for vector in self.vectors], dtype=torch.int64)
         self._ends = self._lengths.cumsum(0)
         # End to end; what belongs to no unit gets an entry of its own, which always stays.
-        self._units = torch.cat([torch.zeros(0, dtype=torch.int64), *vectors]) % (units + 1)
+        self._units = torch.cat([torch.zeros(0, dtype=torch.int64), *self.vectors]) % (units + 1)
         self.total = self(torch.ones(units, dtype=torch.bool))
 
     def __call__(self, kept: Tensor) -> float:
         """The cost where only units with ``kept`` [U] (bool) stay."""
         stays = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).index_select(0, self._units)
         before = torch.cat([torch.zeros(1, dtype=torch.int64), stays.cumsum(0)])  # how many stay up to each place
-        fraction = (before[self._ends] - before[self._ends - self._lengths]).double() / self._lengths
-        share = torch.ones_like(self._sizes).scatter_reduce_(0, self._term, fraction, "prod")
-        return float((self._sizes * share).sum())
+        return self.cost(before[self._ends] - before[self._ends - self._lengths])
+
+    def cost(self, counts: Tensor) -> float:
+        """The cost where so many indices of each of ``vectors`` stay, [V] int64."""
+        return float(self._cost(counts.double()))
+
+    def slope(self, counts: Tensor) -> Tensor:
+        """∂cost/∂counts [V]: what one index of each of ``vectors`` costs more or less, to first order."""
+        parts = counts.double().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self._cost(parts), parts)
+        return slope
+
+    def _cost(self, counts: Tensor) -> Tensor:
+        fraction = (counts / self._lengths).index_select(0, self._vector)
+        return (self._sizes * torch.ones_like(self._sizes).scatter_reduce(0, self._term, fraction, "prod")).sum()
 
 
 def removable(importance: Tensor, coupling: Coupling, min_channels: int) -> Tensor:
@@ -72,12 +87,17 @@ def removable(importance: Tensor, coupling: Coupling, min_channels: int) -> Tens
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     stays = importance.isposinf()
-    for vector in _distinct([*coupling.axes.values(), *coupling.layers.values()]):
+    for vector in widths(coupling):
         missing = min(min_channels, len(vector)) - int((vector < 0).sum())
         if missing > 0:
             units = vector[vector >= 0]
             stays[units[rank[units].topk(missing).indices]] = True
     return order[~stays[order]]
+
+
+def widths(coupling: Coupling) -> list[Tensor]:
+    """What must not become too narrow: the units of every dimension of a tensor and of every layer's output."""
+    return distinct([*coupling.axes.values(), *coupling.layers.values()])
 
 
 def select(order: Tensor, units: int, meter: Meter, goal: float, most: int | None = None) -> Tensor:
@@ -98,5 +118,6 @@ def select(order: Tensor, units: int, meter: Meter, goal: float, most: int | Non
     return order[:low]
 
 
-def _distinct(vectors: Iterable[Tensor]) -> list[Tensor]:
+def distinct(vectors: Iterable[Tensor]) -> list[Tensor]:
+    """Each of ``vectors`` once, in the order of their first appearance."""
     return list({vector.numpy().tobytes(): vector for vector in vectors}.values())
