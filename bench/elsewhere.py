@@ -26,9 +26,9 @@ from bench.operations import WrongError
 from bench.pairs import quartiles, ratios
 from bench.workload import Workload
 from taylorkern import budget
+from taylorkern.following import cut_and_follow
 from taylorkern.layers import Gated
 from taylorkern.oracle import WHOLE, Minibatch
-from taylorkern.pruner import cut_and_follow
 
 Call = Callable[[], object]
 

@@ -18,8 +18,9 @@ from .layers import (
     convert,
     revert,
 )
+from .oneshot import prune
 from .oracle import oracle
-from .pruner import Pruner, prune
+from .pruner import Pruner
 from .scores import Scores
 from .store import StoreError, load, save
 from .surgery import SurgeryError

@@ -104,7 +104,7 @@ def test_every_criterion_prunes(criterion):
 def test_momentum_smooths_importances_over_rounds():
     model, opt, pruner = made(every=1, step=1, target=0.5, momentum=0.75)
     train(model, opt, pruner, [1])
-    before = pruner._smoothed.clone()
+    before = pruner._selection.smoothed.clone()
     x, target = batch(2)
     opt.zero_grad()
     nn.functional.cross_entropy(model(x), target).backward()
@@ -113,7 +113,7 @@ def test_momentum_smooths_importances_over_rounds():
     units = list(pruner.scores.units)
     gone = {unit.places for unit in pruner.step()}
     kept = [i for i, unit in enumerate(units) if unit.places not in gone]
-    assert distance(pruner._smoothed, (0.75 * before + 0.25 * now)[kept]) < 1e-12
+    assert distance(pruner._selection.smoothed, (0.75 * before + 0.25 * now)[kept]) < 1e-12
 
 
 def bits(model, optimizer):

@@ -1,0 +1,65 @@
+"""Following: a cut of a model together with everything that looks at it, its optimisers and its Scores."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .coupling import Coupling
+from .layers import Gated
+from .scores import Scores
+from .surgery import cut
+
+
+def cut_and_follow(
+    model: nn.Module,
+    coupling: Coupling,
+    removed: Tensor,
+    example_inputs: Any,
+    optimizers: Sequence[Optimizer],
+    gates: Tensor | None = None,
+) -> Tensor:
+    """Cut, fold in the ``gates`` [U] of the others, and let the Scores attached to the model follow.
+
+    Returns the old indices of the kept units.
+    One whose units are others (``example_inputs=None``, or only a part of the model) can't follow and is detached.
+    """
+    watching = [scores for scores in _attached(model) if scores.coupling.fingerprint == coupling.fingerprint]
+    for scores in watching:
+        scores.fold()
+    others = [scores for scores in _attached(model) if scores not in watching]
+    after = cut(model, coupling, removed, example_inputs, optimizers, gates=gates)
+    stays = torch.ones(len(coupling.units), dtype=torch.bool)
+    stays[removed] = False
+    kept = stays.nonzero().flatten()
+    for scores in watching:
+        scores.rebind(after, kept)
+    for scores in others:
+        warnings.warn(
+            "a Scores attached to the model counts other units than the cut, so it can't follow: it is detached, and "
+            "holds the statistics from before the cut",
+            stacklevel=3,
+        )
+        scores.detach()
+    return kept
+
+
+def followed(model: nn.Module) -> Scores | None:
+    """An attached Scores that counts this model's units: after cuts it may count a layer's last, which couple won't."""
+    found = (scores for scores in _attached(model) if scores.model is model)
+    return next((scores for scores in found if scores.coupling.consumers and scores.coupling.fits(model)), None)
+
+
+def _attached(model: nn.Module) -> list[Scores]:
+    owners = (module.gate.owner() for module in model.modules() if isinstance(module, Gated) and module.gate)
+    return list({id(owner): owner for owner in owners if owner is not None}.values())
+
+
+def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """The optimisers of an argument that is one, several or None."""
+    if optimizer is None:
+        return ()
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)

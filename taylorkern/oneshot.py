@@ -1,0 +1,89 @@
+"""One cut to a target, by importances that somebody has, or by what the attached Scores say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .coupling import Coupling, Unit, couple
+from .dense import Dense, check_target
+from .following import cut_and_follow, followed, listed
+from .recovery import Recovery
+from .selection import Limits, ranked, selection
+from .surgeon import DAMPING
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    importance: Tensor | None = None,
+    *,
+    criterion: str | None = None,
+    target: float = 0.5,
+    of: str = "flops",
+    min_channels: int = 1,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    compensate: bool | None = None,
+    damping: float = DAMPING,
+    bound: float | None = None,
+) -> list[Unit]:
+    """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
+
+    ``importance`` [U] has one number per unit, in the order of the units of the ``Scores`` attached to the model, or
+    without one of ``Scores(model, example_inputs).units``; ``of`` is "flops" (of the example inputs that found the
+    units), "params" or "channels". In its place, ``criterion`` has the attached ``Scores`` decide: the name of any
+    criterion, or "surgeon", which chooses a set by the curvature along all gates and has the channels that stay make
+    up for it (see ``taylorkern.surgeon``). ``compensate`` turns that on for any choice, where the ``Scores`` keeps the
+    curvature (``Scores(..., gram="auto")``), or off; ``damping`` and ``bound`` are its own.
+
+    A ``Scores`` attached to the model follows the cut, or is detached with a warning where its units are others. What
+    the cut network computes is compared with the masked dense one, its gates multiplied, on the example inputs in
+    evaluation mode, in float64 where the model runs in it; code that takes another branch for other inputs, or other
+    numbers in training, is not seen.
+
+    Raises ValueError for a target outside (0, 1] or out of reach, importances of the wrong length or NaN, a criterion
+    without a ``Scores`` attached or without its statistics; and SurgeryError, with everything as it was, where the cut
+    can't be verified.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    >>> removed = prune(model, torch.rand(1, 1, 4, 4), torch.arange(8.0), target=0.5)
+    >>> [unit.places for unit in removed]
+    [(('0', 0),), (('0', 1),), (('0', 2),), (('0', 3),)]
+    """
+    check_target(target)
+    if (importance is None) == (criterion is None):
+        raise ValueError("pass either importance, one number per unit, or criterion, a name; not both and not neither")
+    recovery = Recovery.of(criterion, compensate, damping, bound)
+    scores = followed(model)
+    if scores is None and (criterion is not None or recovery.wanted):
+        raise ValueError(
+            "no Scores with the units of this model is attached to it, to choose or to compensate by: make one with "
+            "Scores(model, example_inputs, criteria=[...]), run minibatches with their backwards, then prune"
+        )
+    coupling = couple(model, example_inputs) if scores is None else scores.coupling
+    dense = Dense(model, coupling, of)
+    limits = Limits(dense.meter, target * dense.total, min_channels)
+    if criterion is None:
+        removed = ranked(_checked(importance, coupling), coupling, limits)
+    else:
+        assert scores is not None
+        removed = selection(criterion, 0.0, damping).choose(scores, limits)
+    dense.check_reachable(coupling, target, min_channels, removed)
+    gone = [coupling.units[i] for i in removed.tolist()]
+    if gone:
+        gates = None if scores is None else recovery.gates(scores, removed)
+        cut_and_follow(model, coupling, removed, example_inputs, listed(optimizer), gates)
+    return gone
+
+
+def _checked(importance: Any, coupling: Coupling) -> Tensor:
+    """One float64 number per unit, or ValueError."""
+    units = len(coupling.units)
+    importance = torch.as_tensor(importance).detach().double().cpu()
+    if importance.shape != (units,):
+        raise ValueError(f"importance has shape {tuple(importance.shape)}, but this model has {units} units")
+    if importance.isnan().any():
+        raise ValueError(f"importance of unit {int(importance.isnan().nonzero()[0])} is NaN")
+    return importance
