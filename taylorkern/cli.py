@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="keep the summary, network and pictures here")
     demo.add_argument("--quick", action="store_true", help="a shorter training, under a minute")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (default 0)")
+    demo.add_argument("--criterion", metavar="NAME", help="what chooses the channels that go (default: taylor_fo)")
+    demo.add_argument("--compensate", action=argparse.BooleanOptionalAction, help="whether the channels that stay make "
+        "up for those that go (default: with the surgeon)")  # fmt: skip
     _add_oracle_options(
         add("oracle", _oracle, "measure what each channel's removal does, and correlate every criterion")
     )
@@ -171,14 +174,30 @@ def _demo(options: argparse.Namespace) -> None:
     _check_installed("the demo", ["sklearn", "matplotlib"])
     from taylorkern.demo.run import run
 
-    summary = run(quick=options.quick, seed=options.seed, out=options.out)
-    quick = " --quick" if options.quick else ""
-    summary["command"] = f"taylorkern demo{quick} --seed {options.seed}"
+    try:
+        summary = run(
+            quick=options.quick,
+            seed=options.seed,
+            out=options.out,
+            criterion=options.criterion,
+            compensate=options.compensate,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    summary["command"] = _demo_command(options)
     if options.out:
         _write(options.out / "summary.json", summary)
     _answer(options.json, summary, _table)
     if options.out:
         print(f"summary.json, pruned.safetensors and pictures are in {options.out}", file=sys.stderr)
+
+
+def _demo_command(options: argparse.Namespace) -> str:
+    """The command that makes this summary again."""
+    words = ["taylorkern", "demo", *(["--quick"] if options.quick else []), "--seed", str(options.seed)]
+    words += ["--criterion", options.criterion] if options.criterion else []
+    words += [] if options.compensate is None else ["--compensate" if options.compensate else "--no-compensate"]
+    return shlex.join(words)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def scores(summary: Mapping[str, Any]) -> Figure:
     axes.set_xscale("log")
     axes.set_yticks(range(len(layers)), list(layers), fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel(f"importance ({summary['plan']['criterion']}); low goes first")
+    axes.set_xlabel(f"importance ({summary['ranked_by']}); low goes first")
     told = "Scores per layer before the first cut: every channel, middle half, median"
     axes.set_title(told, loc="left", fontsize=11, color=INK)
     _tidy(axes, grid="x")

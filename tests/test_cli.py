@@ -53,6 +53,22 @@ def test_demo_json_on_stdout_or_in_a_file(no_job, capsys, tmp_path):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_demo_says_how_to_repeat_its_choice(no_job, tmp_path):
+    options = ["--criterion", "taylor_fo", "--compensate"]
+    assert cli.main(["demo", *options, "--json", str(tmp_path / "s.json")]) == 0
+    command = json.loads((tmp_path / "s.json").read_text())["command"]
+    assert command == "taylorkern demo --seed 0 --criterion taylor_fo --compensate"
+
+
+def test_demo_refuses_an_unknown_criterion_before_it_trains(monkeypatch, capsys):
+    def trains(*_):
+        raise AssertionError("trained for nothing")
+
+    monkeypatch.setattr("taylorkern.demo.run.Demo", trains)
+    assert cli.main(["demo", "--criterion", "surgeom"]) == 1
+    assert "known are taylor_fo" in one_line_error(capsys)
+
+
 def one_line_error(capsys):
     out, err = capsys.readouterr()
     assert out == ""

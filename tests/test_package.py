@@ -47,6 +47,19 @@ def test_readme_scores_run():
     assert network[0].out_channels + network[3].out_channels < 16
 
 
+def test_readme_sets_run():
+    network = tk.convert(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(128, 5),
+        )
+    )  # fmt: skip
+    names = {"network": network, "images": torch.randn(4, 3, 8, 8), "labels": torch.arange(4), "tk": tk, "torch": torch}
+    exec(next(block for block in python_blocks() if "surgeon" in block), names)
+    assert names["removed"] and network[0].out_channels + network[3].out_channels < 16
+    assert names["scores"].gram_source == "curvature"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built from a copy without torch in sight."""

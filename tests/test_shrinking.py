@@ -47,7 +47,8 @@ def test_costs_savings_and_widths_are_those_of_the_network_as_it_is(coupled, of,
     generator = torch.Generator().manual_seed(1)
     while bool(shrinking.allowed.any()):
         unit = int(torch.multinomial(shrinking.allowed.double(), 1, generator=generator))
-        assert torch.equal(shrinking.allowed, allowed_one_by_one(coupling, kept, least))
+        if int(kept.sum()) % 5 == 0 or int(shrinking.allowed.sum()) < 5:  # it takes a while
+            assert torch.equal(shrinking.allowed, allowed_one_by_one(coupling, kept, least))
         before, saving = meter(kept), float(shrinking.saving[unit])
         kept[unit] = False
         shrinking.remove(unit)

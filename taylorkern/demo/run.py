@@ -4,7 +4,7 @@ import copy
 import math
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import taylorkern as tk
+from taylorkern.selection import SURGEON, asks_for_curvature, selection
+from taylorkern.surgeon import DAMPING
 
 from . import measure
 from .data import Digits, digits, minibatches
 from .network import DigitsNet
 
 BATCH = 64
+RANKED_BY = {SURGEON: "taylor_so"}  # in the picture of single channels, which a choice of sets has no number for
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Plan:
     every: int
     step: int
     criterion: str = "taylor_fo"
+    compensate: bool | None = None  # None: where the surgeon chooses
     target: float = 0.25
     learning_rate: float = 0.05
     pruning_rate: float = 0.02
@@ -58,6 +62,7 @@ class Demo:
             self.model.parameters(), self.plan.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
         self.batches = minibatches(self.data, BATCH, torch.Generator().manual_seed(self.seed))
+        self.signs = torch.Generator().manual_seed(self.seed)
 
     def train(self, name: str, steps: int, peak: float) -> None:
         """``steps`` minibatches, the rate falling from ``peak`` to 0 in half a cosine after a warm-up."""
@@ -73,6 +78,7 @@ class Demo:
             self.data.train_images[:1],
             optimizer=self.optimizer,
             criterion=plan.criterion,
+            compensate=plan.compensate,
             target=plan.target,
             of="flops",
             every=plan.every,
@@ -81,9 +87,9 @@ class Demo:
         self._record(pruner)
         with tqdm(total=100, desc="score and prune", unit="%", bar_format="{l_bar}{bar}| {postfix}") as bar:
             while not pruner.done:
-                self._learn(plan.pruning_rate)
+                self._learn(plan.pruning_rate, pruner.scores if asks_for_curvature(plan.criterion) else None)
                 if not self.importance and pruner.scores.minibatches == plan.every:
-                    self.importance = _by_layer(pruner.scores, plan.criterion)
+                    self.importance = _by_layer(pruner.scores, RANKED_BY.get(plan.criterion, plan.criterion))
                 if pruner.step():
                     self._record(pruner)
                     accuracy = self.history[-1]["accuracy"]
@@ -91,12 +97,15 @@ class Demo:
                     bar.update(min(100, 100 * (1 - pruner.kept) / (1 - plan.target)) - bar.n)
         pruner.scores.detach()
 
-    def _learn(self, rate: float) -> None:
+    def _learn(self, rate: float, curved: tk.Scores | None = None) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images, labels = next(self.batches)
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model.train()(images), labels).backward()
+        logits = self.model.train()(images)
+        if curved is not None:
+            curved.curvature(logits, labels, generator=self.signs)
+        F.cross_entropy(logits, labels).backward()
         self.optimizer.step()
 
     def _record(self, pruner: tk.Pruner) -> None:
@@ -104,15 +113,26 @@ class Demo:
         self.history.append({"channels": len(pruner.scores.units), "flops_kept": pruner.kept, **quality})
 
 
-def run(*, quick: bool = False, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
+def run(
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    out: Path | None = None,
+    criterion: str | None = None,
+    compensate: bool | None = None,
+) -> dict[str, Any]:
     """Do the whole job; returns the summary, and leaves ``pruned.safetensors`` and pictures in ``out``.
 
-    Progress goes to stderr. Raises OSError or StoreError where ``out`` can't be written.
+    ``criterion`` in place of the plan's, with ``compensate`` as in :class:`taylorkern.Pruner`. Progress goes to stderr.
+    Raises OSError or StoreError where ``out`` can't be written, ValueError for an unknown criterion.
     """
+    plan = QUICK if quick else FULL
+    plan = replace(plan, criterion=criterion or plan.criterion, compensate=compensate)
+    selection(plan.criterion, momentum=0.0, damping=DAMPING)  # an unknown one is refused before the training
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        demo = Demo(QUICK if quick else FULL, seed)
+        demo = Demo(plan, seed)
         demo.train("train", demo.plan.dense, demo.plan.learning_rate)
         dense = copy.deepcopy(demo.model).eval()
         demo.prune()
@@ -161,6 +181,7 @@ def _compare(demo: Demo, models: dict[str, nn.Module]) -> dict[str, Any]:
         "widths": {name: measure.widths(model) for name, model in models.items()},
         "history": demo.history,
         "importance": demo.importance,
+        "ranked_by": RANKED_BY.get(demo.plan.criterion, demo.plan.criterion),
     }
 
 
