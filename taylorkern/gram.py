@@ -19,9 +19,8 @@ from .statistics import own
 NEEDING_GRAM = ("surgeon",)  # chooses sets by the matrix, so it is no criterion that gives one number per unit
 FISHER, CURVATURE = "fisher", "curvature"
 READABLE = ("full", "blocks")
-_TOGETHER = (
-    256  # rows are collected, then folded in by one product: a pass over the matrix in every step would disturb it
-)
+# Rows are collected until there are so many, then folded in by one product: a pass in every step would disturb it.
+_TOGETHER = 256
 _STRIPE = 2048  # rows of a matrix that are made at a time, up to the diagonal: half the work of the whole product
 
 

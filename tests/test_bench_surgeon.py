@@ -21,6 +21,7 @@ from bench.surgeon.thinning import Thinning, UnjudgedError, chains
 from bench.surgeon.ways import CURVES, RIVALS, SURGEON, Way, variants
 from taylorkern.demo.data import digits
 from taylorkern.gram import Block
+from taylorkern.surgeon import shift
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,21 @@ def test_as_many_go_as_asked_and_none_comes_back(thinning, everything, name):
     assert bool(moved) == (name in ("taylor_fo, compensated", "surgeon"))
     reached, flops = thinning.measured()
     assert 0 <= reached <= 1 and flops == 1 - thinning.flops(thinning.stays) / thinning.flops.total > 0
+
+
+def test_gates_move_by_the_shift(thinning, everything):
+    thinning.score(SURGEON, 1)
+    gone = thinning.chosen(SURGEON, everything, 30)
+    want = 1 + shift(thinning.among(SURGEON), gone)
+    thinning.remove(SURGEON, everything, 30 / len(everything), 1)
+    assert torch.equal(thinning.gates, want.float())
+
+
+def test_a_curvature_is_asked_for_only_where_one_is_needed():
+    assert [CURVES[name].method for name in ("taylor_so", "surgeon", "random, compensated")] == ["sketch"] * 3
+    assert [CURVES[name].method for name in ("taylor_fo", "taylor_so_fisher", "random")] == [None] * 3
+    assert Way(rows="fisher").method is None and Way(rows="exact").method == "exact"
+    assert not CURVES["magnitude"].of_data and CURVES["magnitude, compensated"].of_data
 
 
 def test_only_the_pool_goes(thinning, everything):
@@ -212,9 +228,9 @@ def record(network, seed, surgeon, taylor_fo, blocks):
         known = dict(zip((0.5, 0.7, 0.8), accuracies, strict=True))
         return {"accuracy": [known.get(fraction, math.nan) for fraction in fractions]}
 
-    curves = {name: at(Plan().fractions, of) for name, of in (("surgeon", surgeon), ("taylor_fo", taylor_fo))}
-    compared = {name: at(Plan().compared, of) for name, of in (("default", surgeon), ("blocks", blocks))}
-    return {"network": network, "seed": seed, "accuracy": 0.97, "curves": {INNER: curves}, "variants": compared}
+    found = {"surgeon": surgeon, "taylor_fo": taylor_fo, "surgeon, blocks": blocks}
+    curves = {name: at(Plan().fractions, accuracies) for name, accuracies in found.items()}
+    return {"network": network, "seed": seed, "accuracy": 0.97, "curves": {INNER: curves}}
 
 
 def test_bars_are_differences_of_means_over_seeds():

@@ -25,6 +25,7 @@ OWN = {
     "bn_scale": "#8c6d4f",
     "random": GREY,
 }
+VARIED = {"surgeon, blocks": ":", "surgeon, Fisher rows": "-."}
 
 
 def draw(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], plan: Plan, folder: Path) -> None:
@@ -57,18 +58,27 @@ def curves(summary: Mapping[str, Any], plan: Plan) -> Figure:
         grid[1, 0].set_ylabel("held-out accuracy, no fine-tuning")
     handles = {h.get_label(): h for axes in grid[0] for h in axes.get_lines() if not h.get_label().startswith("_")}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8.5)
-    figure.suptitle(f"Rounds of {plan.step:.0%}; dashed: not compensated; dotted: dense; bands: 95 %", fontsize=11)
+    figure.suptitle(
+        f"Rounds of {plan.step:.0%}; long dashes: not compensated; dotted across: dense; bands: 95 %", fontsize=11
+    )
     return figure
 
 
 def _curve(axes: Axes, name: str, curve: Mapping[str, Any], x: Sequence[float]) -> None:
     criterion = name.split(",")[0]
-    made_up = name == "surgeon" or name.endswith(COMPENSATED)
-    style = {"color": OWN[criterion], "ls": "-" if made_up else (0, (4, 2)), "lw": 2.4 if name == "surgeon" else 1.2}
-    axes.plot(x, [a["mean"] for a in curve["accuracy"]], label=name, zorder=3 if name == "surgeon" else 2, **style)
+    width, order = (2.4, 3) if name == "surgeon" else (1.2, 2)
+    means = [a["mean"] for a in curve["accuracy"]]
+    axes.plot(x, means, label=name, color=OWN[criterion], ls=_line(name), lw=width, marker=".", ms=4, zorder=order)
     if name in ("surgeon", "taylor_fo") and curve["accuracy"][0]["low"] is not None:
         low, high = ([a[end] for a in curve["accuracy"]] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=OWN[criterion], alpha=0.15, lw=0)
+
+
+def _line(name: str) -> Any:
+    """Solid where the units that stay make up for what goes, dashed where not; the surgeon's variants are dotted."""
+    if name == "surgeon" or name.endswith(COMPENSATED):
+        return "-"
+    return VARIED.get(name, (0, (4, 2)))
 
 
 def variants(summary: Mapping[str, Any], plan: Plan) -> Figure:
@@ -91,7 +101,8 @@ def variants(summary: Mapping[str, Any], plan: Plan) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.invert_yaxis()
         _tidy(axes)
-    figure.axes[0].legend(frameon=False, fontsize=8.5)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5)
     figure.suptitle("Held-out accuracy, no fine-tuning; all networks, 95 % intervals over seeds", fontsize=11)
     return figure
 
@@ -115,7 +126,7 @@ def prediction(records: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(f"{truth} images", loc="left", fontsize=10)
         _tidy(axes)
     figure.axes[0].set_ylabel("measured ΔL (below 0 drawn as 0)")
-    figure.axes[0].legend(frameon=False, fontsize=8.5, loc="upper left")
+    figure.axes[1].legend(frameon=False, fontsize=8.5, loc="lower right")
     figure.suptitle("Sets of inner channels gone at once", fontsize=11)
     return figure
 
@@ -134,7 +145,7 @@ def tuning(summary: Mapping[str, Any], plan: Plan) -> Figure:
                 axes.fill_between(plan.epochs, *ends, color=colour, alpha=0.12, lw=0)
         last = found["tuning"]["taylor_fo"]["accuracy"][-1]["mean"]
         axes.axhline(last, color=OWN["taylor_fo"], lw=0.8, ls=":")
-        axes.set_ylim(bottom=max(0.0, 2 * last - 1.06))
+        axes.set_ylim(max(0.0, last - 0.25), 1.0)
         axes.set_title(group, loc="left", fontsize=10)
         axes.set_xlabel("epochs of fine-tuning")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

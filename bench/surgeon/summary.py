@@ -115,7 +115,7 @@ def bars(records: Sequence[Record], found: Mapping[str, Any], plan: Plan) -> lis
         _bar(f"surgeon - taylor_fo, {_gone(0.8)}", "at least", 0.15, records, _above(plan, "taylor_fo", 0.8)),
     ]
     rows += [
-        _bar(f"full - blocks, {_gone(fraction)}", "at most", 0.03, records, _full_less_blocks(plan, fraction))
+        _bar(f"full - blocks, {_gone(fraction)}", "at most", 0.03, records, _above(plan, "surgeon, blocks", fraction))
         for fraction in plan.compared
     ]
     most = plan.epochs[-1] / 2
@@ -162,15 +162,3 @@ def _below_dense(plan: Plan, fraction: float) -> Callable[[Record], float | None
 def _above(plan: Plan, other: str, fraction: float) -> Callable[[Record], float | None]:
     known = fraction in plan.fractions
     return lambda r: _at(plan, r, "surgeon", fraction) - _at(plan, r, other, fraction) if known else None
-
-
-def _full_less_blocks(plan: Plan, fraction: float) -> Callable[[Record], float | None]:
-    i = plan.compared.index(fraction)
-
-    def difference(record: Record) -> float | None:
-        if "variants" not in record:
-            return None
-        full, blocks = (record["variants"][name]["accuracy"][i] for name in ("default", "blocks"))
-        return full - blocks
-
-    return difference

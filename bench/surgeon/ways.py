@@ -50,6 +50,8 @@ CURVES: dict[str, Way] = {
     **{name: Way(name, repair=None) for name in CRITERIA},
     **{name + COMPENSATED: Way(name) for name in CRITERIA},
     "surgeon, not compensated": Way(repair=None),
+    "surgeon, Fisher rows": Way(rows="fisher"),
+    "surgeon, blocks": Way(form="blocks"),
     "surgeon": SURGEON,
 }
 # In the whole network, where a round costs the same and tells less.
@@ -62,10 +64,8 @@ def variants(plan: Plan) -> dict[str, Way]:
     """Everything that one could set about the surgeon, one thing at a time."""
     found = {
         "default": SURGEON,
-        "Fisher rows": replace(SURGEON, rows="fisher"),
         "4 sketches": replace(SURGEON, draws=4),
         "all columns": replace(SURGEON, rows="exact"),
-        "blocks": replace(SURGEON, form="blocks"),
         "blocks, Fisher rows": replace(SURGEON, form="blocks", rows="fisher"),
     }
     found |= {f"damping {damping:g}": replace(SURGEON, damping=damping) for damping in (1e-3, 1e-2, 1e-1, 1.0)}
