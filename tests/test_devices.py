@@ -52,7 +52,7 @@ def scored(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(scoring, "couple", lambda model, example_inputs: coupling)
             patch.setattr(tk.Scores, "_check_differentiable", lambda *_: None)
-            return model, tk.Scores(model, x, criteria=options.get("criteria", ()))
+            return model, tk.Scores(model, x, criteria=options.get("criteria", ()), gram=options.get("gram"))
 
     return build
 
@@ -112,13 +112,27 @@ def test_statistics_on_request_are_folded_together_too(scored, criteria):
     assert followed.launches.total() <= 60 + 4 * layers, followed.launches
 
 
+@pytest.mark.parametrize("gram", ["full", "blocks"])
+@pytest.mark.parametrize("curved", [False, True])
+def test_a_gram_matrix_waits_for_no_device(scored, gram, curved):
+    """Nothing can be read from the meta device, so that waiting for a number there raises."""
+    model, scores = scored(residual, torch.empty(4, 2, 8, 8), gram=gram)
+    for _ in range(70):  # more rows than are collected before they are folded in
+        step(model, scores, torch.empty(4, 2, 8, 8, device="meta"), curved=curved)
+        scores.fold()
+    assert scores._gram.device.type == "meta"
+    assert all(total.is_meta for total in scores._gram._sums)
+
+
 @pytest.mark.parametrize("name", CRITERIA)
 def test_importances_mix_no_devices(scored, name):
     model, scores = scored(residual, torch.empty(4, 2, 8, 8), criteria=[name])
     for _ in range(2):
         step(model, scores, torch.empty(4, 2, 8, 8, device="meta"), curved=name in CURVED)
     scores.fold()
-    scores._count, scores._dropped, scores._curved = (torch.tensor(n) for n in (2, 0, 2))
+    scores._statistics.count, scores._statistics.dropped, scores._statistics.curved = (
+        torch.tensor(n) for n in (2, 0, 2)
+    )
     importance = scores.importance(name)
     assert importance.shape == (len(scores.units),)
     assert importance.device.type == ("cpu" if name == "random" else "meta")
@@ -129,12 +143,14 @@ def test_importances_mix_no_devices(scored, name):
 def test_statistics_follow_the_scores_to_another_device_and_stay_there(scored):
     model, scores = scored(residual, torch.empty(4, 2, 8, 8))
     scores.reset()
-    assert {total.device.type for total in scores._sums.values()} == {"cpu"}
+    assert {total.device.type for total in scores._statistics.sums.values()} == {"cpu"}
     step(model, scores, torch.empty(4, 2, 8, 8, device="meta"))
     scores.fold()
     scores.reset()
-    assert {total.device.type for total in scores._sums.values()} == {"meta"}
-    assert {n.device.type for n in (scores._count, scores._dropped, scores._curved)} == {"meta"}
+    assert {total.device.type for total in scores._statistics.sums.values()} == {"meta"}
+    assert {
+        n.device.type for n in (scores._statistics.count, scores._statistics.dropped, scores._statistics.curved)
+    } == {"meta"}
 
 
 def trained(scores, model, x):
@@ -150,12 +166,17 @@ def test_statistics_stay_in_their_memory(by, monkeypatch):
     model = tk.convert(residual())
     x = normal((4, 2, 8, 8), 1)
     scores = tk.Scores(model, x, criteria=["taylor_output", "taylor_weight"])
-    held = [*scores._sums.values(), scores._count, scores._dropped]
+    held = [*scores._statistics.sums.values(), scores._statistics.count, scores._statistics.dropped]
     for bad in (1, 1, torch.nan):
         trained(scores, model, x * bad)
-    assert all(a is b for a, b in zip(held, [*scores._sums.values(), scores._count, scores._dropped], strict=True))
+    assert all(
+        a is b
+        for a, b in zip(
+            held, [*scores._statistics.sums.values(), scores._statistics.count, scores._statistics.dropped], strict=True
+        )
+    )
     assert (scores.minibatches, scores.dropped) == (2, 1)
-    assert float(scores._sums["gate_squared"].sum()) > 0
+    assert float(scores._statistics.sums["gate_squared"].sum()) > 0
 
 
 def test_inference_mode_leaves_no_statistics_that_nobody_may_write_to():
