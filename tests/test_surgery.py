@@ -13,6 +13,7 @@ from bench.zoo import draw, error, masked, outputs
 from taylorkern import verification
 from taylorkern.coupling import couple
 from taylorkern.surgery import SurgeryError, cut, fit_attributes
+from tests.failures import fail_at_edit
 from tests.networks import plain, randomised, residual
 from tests.test_coupling import Auxiliary, Net, conv
 
@@ -447,21 +448,7 @@ def test_a_failure_in_the_middle_of_the_swap_is_rolled_back(failing, monkeypatch
     model(IMAGE).sum().backward()
     optimizer.step()
     coupling, before = couple(model, IMAGE), snapshot(model, optimizer)
-    from taylorkern import surgery
-
-    count, edit = 0, surgery._Edit
-
-    def counting(do, undo):
-        def failing_do():
-            nonlocal count
-            count += 1
-            do()
-            if count == failing:
-                raise MemoryError("injected")
-
-        return edit(failing_do, undo)
-
-    monkeypatch.setattr(surgery, "_Edit", counting)
+    fail_at_edit(monkeypatch, failing)
     with pytest.raises(MemoryError, match="injected"):
         cut(model, coupling, [0, 8], IMAGE, [optimizer])
     assert same(before, snapshot(model, optimizer))
