@@ -58,8 +58,8 @@ def choose(blocks: Sequence[Block], remaining: Remaining, damping: float = DAMPI
     home = torch.empty(units, dtype=torch.int64)  # the block of each unit
     place = torch.empty(units, dtype=torch.int64)  # its index there
     increase = torch.empty(units, dtype=torch.float64)
-    for i, (block, elimination) in enumerate(zip(blocks, eliminations, strict=True)):
-        own = block.units.cpu()
+    members = [block.units.cpu() for block in blocks]
+    for i, (own, elimination) in enumerate(zip(members, eliminations, strict=True)):
         home[own], place[own], increase[own] = i, torch.arange(len(own)), elimination.increase().cpu()
     removed: list[int] = []
     while not remaining.done:
@@ -68,9 +68,9 @@ def choose(blocks: Sequence[Block], remaining: Remaining, damping: float = DAMPI
         unit = int(price.argmin())
         if math.isinf(price[unit]):
             break
-        elimination = eliminations[int(home[unit])]
-        elimination.remove(int(place[unit]))
-        increase[blocks[int(home[unit])].units.cpu()] = elimination.increase().cpu()
+        at = int(home[unit])
+        eliminations[at].remove(int(place[unit]))
+        increase[members[at]] = eliminations[at].increase().cpu()
         remaining.remove(unit)
         removed.append(unit)
     return torch.tensor(removed, dtype=torch.int64)
