@@ -12,7 +12,7 @@ from .dense import Dense, check_target
 from .following import cut_and_follow, followed, listed
 from .recovery import Recovery
 from .selection import Limits, ranked, selection
-from .surgeon import DAMPING
+from .surgeon import COST_POWER, DAMPING
 
 
 def prune(
@@ -28,6 +28,7 @@ def prune(
     compensate: bool | None = None,
     damping: float = DAMPING,
     bound: float | None = None,
+    cost_power: float = COST_POWER,
 ) -> list[Unit]:
     """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
 
@@ -36,7 +37,8 @@ def prune(
     units), "params" or "channels". In its place, ``criterion`` has the attached ``Scores`` decide: the name of any
     criterion, or "surgeon", which chooses a set by the curvature along all gates and has the channels that stay make
     up for it (see ``taylorkern.surgeon``). ``compensate`` turns that on for any choice, where the ``Scores`` keeps the
-    curvature (``Scores(..., gram="auto")``), or off; ``damping`` and ``bound`` are its own.
+    curvature (``Scores(..., gram="auto")``), or off; ``damping`` and ``bound`` are its own. The surgeon
+    divides a predicted increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all.
 
     A ``Scores`` attached to the model follows the cut, or is detached with a warning where its units are others. What
     the cut network computes is compared with the masked dense one, its gates multiplied, on the example inputs in
@@ -69,7 +71,7 @@ def prune(
         removed = ranked(_checked(importance, coupling), coupling, limits)
     else:
         assert scores is not None
-        removed = selection(criterion, 0.0, damping).choose(scores, limits)
+        removed = selection(criterion, 0.0, damping, cost_power).choose(scores, limits)
     dense.check_reachable(coupling, target, min_channels, removed)
     gone = [coupling.units[i] for i in removed.tolist()]
     if gone:

@@ -14,7 +14,7 @@ from .following import cut_and_follow, listed
 from .recovery import Recovery
 from .scores import Scores
 from .selection import Limits, selection
-from .surgeon import DAMPING
+from .surgeon import COST_POWER, DAMPING
 
 
 class Pruner:
@@ -29,7 +29,8 @@ class Pruner:
     better where ``pruner.scores.curvature`` is called (see ``taylorkern.surgeon``). ``compensate`` has the channels
     that stay make up for those that go, in the weights and at no cost when the network runs: by default where the
     surgeon chooses, on request with any criterion. ``damping`` and ``bound`` are for it: how much the curvature's
-    diagonal is raised, relative to its mean, and how far a gate may move from 1.
+    diagonal is raised, relative to its mean, and how far a gate may move from 1. The surgeon divides a predicted
+    increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all.
 
     Raises ValueError for a target outside (0, 1] or one that can't be reached, an unknown ``of`` or criterion, and
     whatever ``Scores`` refuses.
@@ -65,6 +66,7 @@ class Pruner:
         compensate: bool | None = None,
         damping: float = DAMPING,
         bound: float | None = None,
+        cost_power: float = COST_POWER,
     ) -> None:
         check_target(target)
         for name, value in (("every", every), ("step", step), ("min_channels", min_channels)):
@@ -74,7 +76,7 @@ class Pruner:
             raise ValueError(f"momentum={momentum} must be in [0, 1)")
         if example_inputs is None:
             raise ValueError("pruning needs example_inputs: without them nobody knows which channels go together")
-        self._selection = selection(criterion, momentum, damping)
+        self._selection = selection(criterion, momentum, damping, cost_power)
         self._recovery = Recovery.of(criterion, compensate, damping, bound)
         self.model, self.example_inputs, self.optimizers = model, example_inputs, listed(optimizer)
         self.criterion, self.target, self.of = criterion, target, of

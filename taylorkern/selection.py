@@ -61,30 +61,33 @@ class BySurgeon:
 
     smoothed: Tensor | None = None
 
-    def __init__(self, damping: float) -> None:
-        self._damping = damping
+    def __init__(self, damping: float, cost_power: float) -> None:
+        self._damping, self._cost_power = damping, cost_power
 
     def choose(self, scores: Scores, limits: Limits) -> Tensor:
         remaining = Shrinking(scores.coupling, limits.meter, limits.goal, limits.most, limits.min_channels)
-        return surgeon.choose(scores.gram(), remaining, self._damping)
+        return surgeon.choose(scores.gram(), remaining, self._damping, self._cost_power)
 
     def follow(self, kept: Tensor) -> None:
         """Every round stands by itself."""
 
 
-def selection(name: str, momentum: float, damping: float) -> Selection:
+def selection(
+    name: str, momentum: float = 0.0, damping: float = surgeon.DAMPING, cost_power: float = surgeon.COST_POWER
+) -> Selection:
     """The one called ``name``: a criterion or "surgeon". Raises ValueError for another, or one that can't be smoothed.
 
-    >>> type(selection("surgeon", momentum=0.0, damping=0.1)).__name__
+    >>> type(selection("surgeon")).__name__
     'BySurgeon'
     """
+    surgeon.check(damping, cost_power=cost_power)
     if name != SURGEON and name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; known are {', '.join([*CRITERIA, SURGEON])}")
     if name == SURGEON and momentum:
         raise ValueError(
             f"momentum={momentum} smooths importances over rounds, and the surgeon has none: leave it at 0"
         )
-    return BySurgeon(damping) if name == SURGEON else ByImportance(name, momentum)
+    return BySurgeon(damping, cost_power) if name == SURGEON else ByImportance(name, momentum)
 
 
 def asks_for_curvature(name: str) -> bool:

@@ -1,6 +1,5 @@
 """The bench suite as a whole: its rounds, the machine's name, and a run of everything on a tiny network."""
 
-import doctest
 import json
 import mmap
 import platform
@@ -9,12 +8,7 @@ import sys
 
 import pytest
 
-from bench import bars, faults, machine, operations, pairs, readme, tables, ways, workload
-
-
-@pytest.mark.parametrize("module", [bars, faults, machine, operations, pairs, readme, tables, ways, workload])
-def test_docstrings_say_what_happens(module):
-    assert not doctest.testmod(module).failed
+from bench import faults, machine, pairs, readme
 
 
 def test_every_round_runs_every_way_once_and_in_orders_of_its_own():

@@ -1,7 +1,5 @@
 """Folding: sums over units against plain loops over places, whatever the blocks."""
 
-import doctest
-
 import pytest
 import torch
 
@@ -105,7 +103,3 @@ def test_the_same_gradients_give_the_same_bits():
     s = torch.randn(9, 1000, generator=torch.Generator().manual_seed(2))
     first, again = Folding(units, 300)(s), Folding(units, 300)(s)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-def test_the_documentations_example():
-    assert doctest.testmod(folding).failed == 0

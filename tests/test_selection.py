@@ -13,7 +13,7 @@ import taylorkern as tk
 from taylorkern.budget import Meter
 from taylorkern.demo.network import DigitsNet
 from taylorkern.shrinking import Shrinking
-from taylorkern.surgeon import DAMPING, choose, shift
+from taylorkern.surgeon import COST_POWER, DAMPING, choose, shift
 
 
 def digits_net(seed=0):
@@ -79,7 +79,7 @@ def test_prune_removes_what_the_surgeon_chooses_and_compensates(of, target, form
     assert scores.gram_source == ("curvature" if sketched else "fisher")
     dense, coupling, blocks = copy.deepcopy(model), scores.coupling, scores.gram()
     meter = Meter(model, coupling, of)
-    expected = choose(blocks, Shrinking(coupling, meter, target * meter.total))
+    expected = choose(blocks, Shrinking(coupling, meter, target * meter.total), cost_power=COST_POWER)
     z = 1 + shift(blocks, expected)
     removed = tk.prune(model, batches()[0][0][:1], criterion="surgeon", target=target, of=of)
     assert removed == [coupling.units[u] for u in expected.tolist()]
@@ -130,7 +130,8 @@ def test_less_is_lost_than_without():
     [block] = scores.gram()
     ridge = DAMPING * float(block.matrix.diagonal().mean())
     meter = Meter(model, scores.coupling, "channels")
-    surgeons = choose([block], Shrinking(scores.coupling, meter, 0.5 * meter.total))
+    remaining = Shrinking(scores.coupling, meter, 0.5 * meter.total)
+    surgeons = choose([block], remaining, cost_power=COST_POWER)
     first = scores.importance("taylor_fo").argsort()[: len(surgeons)]
 
     def loss(removed, d):
@@ -260,6 +261,7 @@ def wrong_requests():
     yield "unknown", lambda m: tk.prune(m, x, criterion="surgeom"), "known are .*surgeon"
     yield "target", lambda m: tk.prune(m, x, criterion="surgeon", target=1e-4), "can't be reached"
     yield "damping", lambda m: tk.prune(m, x, criterion="surgeon", damping=-1), "damping=-1"
+    yield "power", lambda m: tk.prune(m, x, criterion="surgeon", cost_power=-1), "cost_power=-1"
     yield "bound", lambda m: tk.prune(m, x, criterion="surgeon", bound=0), "bound=0"
     yield "momentum", lambda m: tk.Pruner(m, x, criterion="surgeon", momentum=0.5), "momentum=0.5"
     yield "pruner", lambda m: tk.Pruner(m, x, criterion="surgeom"), "known are .*surgeon"

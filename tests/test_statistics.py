@@ -1,11 +1,9 @@
 """Statistics: sums over minibatches, whole or not at all; saved, merged and gathered over processes."""
 
-import doctest
-
 import pytest
 import torch
 
-from taylorkern import backends, statistics
+from taylorkern import backends
 from taylorkern.statistics import Statistics, gathered
 from tests.cases import normal
 
@@ -119,7 +117,3 @@ def test_inference_mode_leaves_nothing_that_nobody_may_write_to():
 def test_gathering_without_a_group_says_what_to_do():
     with pytest.raises(RuntimeError, match="init_process_group"):
         gathered({})
-
-
-def test_the_documentations_example():
-    assert doctest.testmod(statistics).failed == 0

@@ -118,20 +118,22 @@ def test_blocks_choose_what_their_matrix_in_one_piece_does():
         assert (shift(form, torch.tensor(removed), 0.05) - d).abs().max() < 1e-10
 
 
-def test_increase_is_divided_by_what_is_saved():
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_increase_is_divided_by_what_is_saved_to_the_power(power):
     matrix = curvature(80, 24)
     left = everything(24, 12)
     left.saving = torch.rand(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.05
-    removed, _ = brute(matrix, 12, 0.1, left.saving)
-    assert removed != brute(matrix, 12, 0.1)[0]
-    assert choose(in_one(matrix), left, 0.1).tolist() == removed
+    removed, _ = brute(matrix, 12, 0.1, left.saving**power)
+    assert (removed != brute(matrix, 12, 0.1)[0]) == (power > 0)
+    assert choose(in_one(matrix), left, 0.1, power).tolist() == removed
 
 
 def test_units_that_save_nothing_or_may_not_go_stay():
     matrix = curvature(80, 10)
     left = Countdown(torch.tensor([True] * 6 + [False] * 4), 9)
     left.saving[2] = 0
-    assert sorted(choose(in_one(matrix), left).tolist()) == [0, 1, 3, 4, 5]
+    for power in (1.0, 0.0):
+        assert sorted(choose(in_one(matrix), copy.deepcopy(left), cost_power=power).tolist()) == [0, 1, 3, 4, 5]
 
 
 def test_it_does_not_change_what_it_reads():
@@ -209,6 +211,12 @@ def test_fewer_samples_than_units_need_damping_and_get_it():
 def test_a_damping_without_meaning_is_refused(damping):
     with pytest.raises(ValueError, match="damping="):
         choose(in_one(curvature(9, 3)), everything(3, 1), damping)
+
+
+@pytest.mark.parametrize("power", [-1.0, math.nan, math.inf])
+def test_a_power_of_the_cost_without_meaning_is_refused(power):
+    with pytest.raises(ValueError, match="cost_power="):
+        choose(in_one(curvature(9, 3)), everything(3, 1), cost_power=power)
 
 
 @pytest.mark.parametrize("bound", [0.0, -0.5, math.nan])

@@ -1,11 +1,8 @@
 """Sums of several vectors by units: the order of additions is known, to the bit, and nothing is lost or added twice."""
 
-import doctest
-
 import pytest
 import torch
 
-from taylorkern import weights
 from taylorkern.backends import native
 from taylorkern.weights import ByUnit
 
@@ -58,7 +55,3 @@ def test_vectors_are_added_one_after_the_other():
 
 def test_a_unit_without_a_number_has_none():
     assert ByUnit([torch.tensor([-1, -1])], 2)([torch.ones(2)]).tolist() == [0.0, 0.0]
-
-
-def test_the_documentations_example():
-    assert doctest.testmod(weights).failed == 0

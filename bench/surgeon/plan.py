@@ -15,7 +15,7 @@ class Plan:
     step: float = 0.05  # of the pool that goes in one round
     other_steps: tuple[float, ...] = (0.01, 0.2, 1.0)  # rounds of other sizes; 1: one-shot
     compared: tuple[float, ...] = (0.5, 0.7, 0.8)  # where variants, rounds of other sizes and rivals are looked at
-    compared_seeds: int = 3  # the first so many seeds; the curves and the fine-tuning are of all
+    compared_seeds: int = 5  # the first so many seeds; the curves and the fine-tuning are of all
     samples: tuple[int, ...] = (64, 128, 256, 512, 1198)  # images that are scored, in variants
     rival_step: float = 0.1
     predicted: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of the pool, one-shot

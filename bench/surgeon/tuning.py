@@ -20,6 +20,8 @@ TUNED: dict[str, Way] = {
     "taylor_so": Way("taylor_so", repair=None),
     "taylor_so" + COMPENSATED: Way("taylor_so"),
     "surgeon": Way(),
+    "surgeon, per whole cost": Way(cost_power=1.0),
+    "surgeon, whatever the cost": Way(cost_power=0.0),
 }
 
 
@@ -52,7 +54,7 @@ def cut_in_rounds(thin: nn.Module, way: Way, plan: Plan, data: Digits, seed: int
         if goal < now:
             tk.prune(
                 thin, example, criterion=way.criterion, target=goal / now, of="flops", compensate=way.shifts,
-                damping=way.damping, bound=way.bound,
+                damping=way.damping, bound=way.bound, cost_power=way.cost_power,
             )  # fmt: skip
     scores.detach()
     return Meter(thin, scores.coupling, "flops").total / dense, len(scores.units)

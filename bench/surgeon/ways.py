@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from taylorkern.surgeon import DAMPING
+from taylorkern.surgeon import COST_POWER, DAMPING
 
 from .plan import Plan
 
@@ -26,6 +26,7 @@ class Way:
     form: str = "full"
     damping: float = DAMPING
     bound: float | None = None
+    cost_power: float = COST_POWER  # where units cost differently
     samples: int | None = None
 
     @property

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import taylorkern as tk
 from taylorkern.selection import SURGEON, asks_for_curvature, selection
-from taylorkern.surgeon import DAMPING
 
 from . import measure
 from .data import Digits, digits, minibatches
@@ -128,7 +127,7 @@ def run(
     """
     plan = QUICK if quick else FULL
     plan = replace(plan, criterion=criterion or plan.criterion, compensate=compensate)
-    selection(plan.criterion, momentum=0.0, damping=DAMPING)  # an unknown one is refused before the training
+    selection(plan.criterion)  # an unknown one is refused before the training
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
