@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .blame import stacklevel
 from .coupling import Coupling
 from .layers import Gated
 from .scores import Scores
@@ -41,7 +42,7 @@ def cut_and_follow(
         warnings.warn(
             "a Scores attached to the model counts other units than the cut, so it can't follow: it is detached, and "
             "holds the statistics from before the cut",
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )
         scores.detach()
     return kept

@@ -19,6 +19,7 @@ from torch import nn
 
 from . import deferred
 from .activations import MODULES
+from .blame import stacklevel
 from .rewriting import rewritten
 from .sources import Dotted, RewriteError, source
 from .spelling import ACTIVATION, CODE, LINK, MODULE, NORM, is_function
@@ -42,7 +43,7 @@ def fuse(model: nn.Module) -> None:
             left.append(f"{path or 'the model'} ({type(module).__name__}): {reason}")
     if left:
         more = f"; and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(f"fusion leaves {left[0]}{more}", UserWarning, stacklevel=3)  # in the caller of convert
+        warnings.warn(f"fusion leaves {left[0]}{more}", UserWarning, stacklevel=stacklevel())
 
 
 def unfuse(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 
 from . import weights
+from .blame import stacklevel
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
@@ -492,7 +493,7 @@ class Scores:
         if self._silent:
             warnings.warn(
                 f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
-                stacklevel=5,
+                stacklevel=stacklevel(),
             )
 
     def _curvatures(self) -> int:
@@ -515,7 +516,7 @@ class Scores:
         for other in {id(owner): owner for owner in others if owner}.values():
             warnings.warn(
                 "the model already feeds another Scores, which is detached: it gets no more minibatches from here on",
-                stacklevel=4,
+                stacklevel=stacklevel(),
             )
             other.detach()
         self._gates = {layer: Gate(self, every_element=bool(self._outputs)) for layer in self.coupling.layers}

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .blame import stacklevel
 from .coupling import Coupling
 from .coupling.tracer import channel_dim
 from .example import copied, in_float64, repeated, run, tensors
@@ -85,7 +86,7 @@ def check(
         warnings.warn(
             f"{type(model).__name__} does not run in float64 ({error}), so the cut is verified in its own precision "
             f"only: differences below {_tolerance(dense):.0e} of a layer's largest channel can't be seen",
-            stacklevel=5,
+            stacklevel=stacklevel(),
         )
     lost = _Lost(coupling, gone, gates is not None)
     with _substituted(model, {name: change(new.get(name, tensor), tensor.dtype) for name, tensor in named.items()}):

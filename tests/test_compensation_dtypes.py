@@ -76,8 +76,9 @@ def test_networks_bound_to_half_precision_are_verified_in_it():
     torch.manual_seed(0)
     model = Net(halved, conv=conv(2, 64), head=nn.Linear(64, 2)).bfloat16()
     coupling = couple(model, IMAGE)
-    with pytest.warns(UserWarning, match="in its own precision"):
+    with pytest.warns(UserWarning, match="in its own precision") as caught:
         cut(model, coupling, range(0, 64, 3), IMAGE, gates=torch.linspace(-1, 2, 64))
+    assert caught[0].filename == __file__
     assert model.head.in_features == 42
 
 

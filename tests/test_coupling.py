@@ -425,8 +425,9 @@ def test_training_that_fails_is_told():
             raise RuntimeError("no labels given")
         return net.head(net.conv(x))
 
-    with pytest.warns(UserWarning, match="no labels given"):
+    with pytest.warns(UserWarning, match="no labels given") as caught:
         coupling = couple(Net(apply, conv=conv(3, 4), head=conv(4, 2), spare=conv(1, 1)), IMAGE)
+    assert {warning.filename for warning in caught} == {__file__}
     assert places(coupling) == each("conv", 4)
 
 

@@ -315,6 +315,7 @@ def test_a_scores_of_other_units_is_detached_by_a_cut_and_keeps_what_it_has():
     scores = tk.Scores(model, None, layers=["1"])
     torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
     units = len(tk.couple(model, x).units)
-    with pytest.warns(UserWarning, match="can't follow"):
+    with pytest.warns(UserWarning, match="can't follow") as caught:
         tk.prune(model, x, torch.rand(units), target=0.7)
+    assert caught[0].filename == __file__
     assert scores.importance("taylor_fo").shape == (6,) and model[1].gate is None

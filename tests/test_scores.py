@@ -360,8 +360,9 @@ def test_scoring_stops_when_told_or_when_nobody_holds_the_scores():
 
 def test_a_second_scores_takes_over_and_says_so():
     model, first = made(residual)
-    with pytest.warns(UserWarning, match="already feeds another Scores, which is detached"):
+    with pytest.warns(UserWarning, match="already feeds another Scores, which is detached") as caught:
         second = tk.Scores(model, batch(0)[0])
+    assert caught[0].filename == __file__
     train_on(model, [1])
     assert first.minibatches == 0 and second.minibatches == 1
 
@@ -387,8 +388,9 @@ def test_gates_without_gradient_are_named():
     model, scores = made(residual)
     x, _ = batch(1)
     model[:4](x).sum().backward()  # the second block never runs
-    with pytest.warns(UserWarning, match="4.bn1"):
+    with pytest.warns(UserWarning, match="4.bn1") as caught:
         scores.importance("taylor_fo")
+    assert caught[0].filename == __file__
 
 
 def test_bad_input_is_refused_and_leaves_the_model_usable():

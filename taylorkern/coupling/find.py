@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..blame import stacklevel
 from ..example import repeated
 from ..state import named_tensors, untouched
 from .labels import Ledger
@@ -42,7 +43,7 @@ def couple(model: nn.Module, example_inputs: Any) -> Coupling:
         warnings.warn(
             f"{unreached[0]} and {len(unreached) - 1} more parameters were not used on the example inputs: if other "
             "inputs use them, their layers will not follow a cut and will fail; give inputs that reach them",
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )
     return resolve(tracer, unreached, trained)
 
@@ -69,6 +70,7 @@ def _trains(tracer: Tracer, model: nn.Module, example_inputs: Any) -> bool:
         except ValueError as error:
             stopped = str(error)
     warnings.warn(
-        f"parameters used only in training will not follow a cut, and training may fail: {stopped}", stacklevel=3
+        f"parameters used only in training will not follow a cut, and training may fail: {stopped}",
+        stacklevel=stacklevel(),
     )
     return False
