@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
 # PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the (first) command.
-.PHONY: help install demo test lint bench guard guard-update zoo fused-zoo study peers curvature nvcc-check gpu-check wheel-check clean
+.PHONY: help install demo test lint bench guard guard-update zoo fused-zoo study surgeon peers curvature nvcc-check gpu-check wheel-check clean
 .DELETE_ON_ERROR:
 
 SHELL := /bin/bash
@@ -18,7 +18,7 @@ GOMP_SPINCOUNT ?= 10000
 export GOMP_SPINCOUNT
 
 help:
-	@echo "make demo | test | lint | bench | guard | zoo | fused-zoo | study | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
+	@echo "make demo | test | lint | bench | guard | zoo | fused-zoo | study | surgeon | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ fused-zoo: $(STAMP)
 study: $(STAMP)
 	$(RUN) -m bench.study $(ARGS)
 	$(RUN) -m bench.study.hessian $(HESSIAN_ARGS)
+
+surgeon: $(STAMP)
+	$(RUN) -m bench.surgeon $(ARGS)
+	$(RUN) -m bench.surgeon.resnet50 --json bench/results/surgeon-resnet50.json
 
 $(BENCH): $(STAMP)
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
