@@ -40,6 +40,7 @@ class Meter:
     ``torch.utils.flop_counter`` does; channels are prunable units.
     """
 
+    @torch.inference_mode(False)  # for the slope
     def __init__(self, model: nn.Module, coupling: Coupling, of: str) -> None:
         if of not in MEASURES:
             raise ValueError(f"of={of!r} is not one of {', '.join(MEASURES)}")
@@ -68,8 +69,8 @@ class Meter:
 
     def slope(self, counts: Tensor) -> Tensor:
         """∂cost/∂counts [V]: what one index of each of ``vectors`` costs more or less, to first order."""
-        parts = counts.double().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            parts = counts.clone().double().requires_grad_()
             (slope,) = torch.autograd.grad(self._cost(parts), parts)
         return slope
 

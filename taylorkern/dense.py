@@ -35,3 +35,9 @@ def check_target(target: float) -> None:
     """Raise ValueError for a target outside (0, 1]."""
     if not 0 < target <= 1:
         raise ValueError(f"target={target} is the part that is kept; it must be above 0 and at most 1")
+
+
+def check_whole(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value} must be a whole number of at least 1")

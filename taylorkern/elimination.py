@@ -85,12 +85,16 @@ class Elimination:
 
 
 def factorised(matrix: Tensor, rows: Tensor, ridge: float) -> Tensor:
-    """The lower Cholesky factor of ``matrix`` + ``ridge``·I at ``rows``; raises SingularError."""
+    """The lower Cholesky factor of ``matrix`` + ``ridge``·I at ``rows``.
+
+    Raises SingularError where a pivot is not positive, or so small that rounding has made it.
+    """
     damped = matrix.index_select(0, rows)
     damped = damped.index_select(1, rows) if len(rows) < len(matrix) else damped
     damped.diagonal().add_(ridge)
+    rounding = len(rows) * torch.finfo(damped.dtype).eps * damped.diagonal().max() if len(rows) else 0.0
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
+    if int(info) or bool((factor.diagonal().square() <= rounding).any()):
         raise SingularError(
             f"the curvature of {len(rows)} gates is singular with a ridge of {ridge:.3g}; pass a larger damping"
         )

@@ -25,25 +25,29 @@ def cut_and_follow(
 ) -> Tensor:
     """Cut, fold in the ``gates`` [U] of the others, and let the Scores attached to the model follow.
 
-    Returns the old indices of the kept units.
-    One whose units are others (``example_inputs=None``, or only a part of the model) can't follow and is detached.
+    Returns the old indices of the kept units. A Scores whose units are others (``example_inputs=None``, or only a part
+    of the model) can't follow and is detached. With ``gates`` the others start anew: what they hold is of gates that
+    have moved.
     """
     watching = [scores for scores in _attached(model) if scores.coupling.fingerprint == coupling.fingerprint]
     for scores in watching:
         scores.fold()
     others = [scores for scores in _attached(model) if scores not in watching]
+    for _ in others:  # before anything has changed: a warning may be an error here
+        warnings.warn(
+            "a Scores attached to the model counts other units than the cut, so it can't follow: the cut detaches it, "
+            "and it holds the statistics from before",
+            stacklevel=stacklevel(),
+        )
     after = cut(model, coupling, removed, example_inputs, optimizers, gates=gates)
     stays = torch.ones(len(coupling.units), dtype=torch.bool)
     stays[removed] = False
     kept = stays.nonzero().flatten()
     for scores in watching:
         scores.rebind(after, kept)
+        if gates is not None:
+            scores.reset()
     for scores in others:
-        warnings.warn(
-            "a Scores attached to the model counts other units than the cut, so it can't follow: it is detached, and "
-            "holds the statistics from before the cut",
-            stacklevel=stacklevel(),
-        )
         scores.detach()
     return kept
 

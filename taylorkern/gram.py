@@ -69,7 +69,10 @@ class Gram(ABC):
         found = None if state is None else state["form"]
         if found != self.form:
             held = "no Gram matrix" if found is None else f"a Gram matrix as {found!r}"
-            raise ValueError(f"these scores hold {held}, and here it is kept as {self.form!r}; pass the same gram=")
+            raise ValueError(
+                f"these scores hold {held}, and here it is kept as {self.form!r}; pass the same gram= "
+                "(a pruner keeps one with criterion='surgeon' or compensate=True)"
+            )
 
     @abstractmethod
     def blocks(self, units: Sequence[Unit], form: str, minibatches: int) -> list[Block]:
@@ -209,8 +212,8 @@ class Reservoir(Gram):
         parts = [part.to(device) for part in PARTITIONS[form](units)]
         sums = [torch.zeros(len(part), len(part), dtype=torch.float64, device=device) for part in parts]
         _add_products(sums, parts, [rows])
-        weight = self._seen / max(1, len(rows)) / minibatches  # of one row
-        return [_block(part, total, 1 / weight) for part, total in zip(parts, sums, strict=True)]
+        stands_for = max(1, self._seen) / max(1, len(rows))  # a row of the sample, so many of those seen
+        return [_block(part, total, minibatches / stands_for) for part, total in zip(parts, sums, strict=True)]
 
     def keep(self, kept: Tensor) -> None:
         self._rows = self._rows[:, kept.to(self.device)]
@@ -338,7 +341,7 @@ def gram_matrix(form: str, units: Sequence[Unit], budget: int, rows: int, seed: 
     if form not in ("auto", *FORMS):
         raise ValueError(f"gram={form!r} is not one of 'auto', {', '.join(map(repr, FORMS))}, or None for none")
     if form == "auto":
-        form = "full" if 8 * FORMS["full"].numbers(units, rows) <= budget else "blocks"
+        form = within(units, budget)
     needed = 8 * FORMS[form].numbers(units, rows)
     if needed > budget:
         raise ValueError(
@@ -346,6 +349,11 @@ def gram_matrix(form: str, units: Sequence[Unit], budget: int, rows: int, seed: 
             f"{FORMS[form].instead}"
         )
     return FORMS[form].make(units, rows, seed)
+
+
+def within(units: Sequence[Unit], budget: int) -> str:
+    """Whether a matrix over ``units`` is to be "full", as it is within ``budget`` bytes, or "blocks"."""
+    return "full" if 8 * len(units) ** 2 <= budget else "blocks"
 
 
 def _add_products(sums: Sequence[Tensor], parts: Sequence[Tensor], rows: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .coupling import Coupling, Unit, couple
-from .dense import Dense, check_target
+from .dense import Dense, check_target, check_whole
 from .following import cut_and_follow, followed, listed
 from .recovery import Recovery
 from .selection import Limits, ranked, selection
@@ -40,14 +40,16 @@ def prune(
     curvature (``Scores(..., gram="auto")``), or off; ``damping`` and ``bound`` are its own. The surgeon
     divides a predicted increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all.
 
-    A ``Scores`` attached to the model follows the cut, or is detached with a warning where its units are others. What
+    A ``Scores`` attached to the model follows the cut (starting anew where gates have moved, for what it holds is of
+    others then), or is detached with a warning where its units are others. What
     the cut network computes is compared with the masked dense one, its gates multiplied, on the example inputs in
     evaluation mode, in float64 where the model runs in it; code that takes another branch for other inputs, or other
     numbers in training, is not seen.
 
     Raises ValueError for a target outside (0, 1] or out of reach, importances of the wrong length or NaN, a criterion
-    without a ``Scores`` attached or without its statistics; and SurgeryError, with everything as it was, where the cut
-    can't be verified.
+    without a ``Scores`` attached or without its statistics, a ``min_channels`` below 1, a curvature that is singular in
+    spite of the damping; RuntimeError for a ``Scores`` without a single usable minibatch; and SurgeryError where the
+    cut can't be verified. Everything is then as it was.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     >>> removed = prune(model, torch.rand(1, 1, 4, 4), torch.arange(8.0), target=0.5)
@@ -55,6 +57,7 @@ def prune(
     [(('0', 0),), (('0', 1),), (('0', 2),), (('0', 3),)]
     """
     check_target(target)
+    check_whole("min_channels", min_channels)
     if (importance is None) == (criterion is None):
         raise ValueError("pass either importance, one number per unit, or criterion, a name; not both and not neither")
     recovery = Recovery.of(criterion, compensate, damping, bound)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import budget
-from .coupling import Unit
-from .dense import Dense, check_target
+from .coupling import Unit, couple
+from .dense import Dense, check_target, check_whole
 from .following import cut_and_follow, listed
 from .recovery import Recovery
 from .scores import Scores
@@ -30,7 +30,8 @@ class Pruner:
     that stay make up for those that go, in the weights and at no cost when the network runs: by default where the
     surgeon chooses, on request with any criterion. ``damping`` and ``bound`` are for it: how much the curvature's
     diagonal is raised, relative to its mean, and how far a gate may move from 1. The surgeon divides a predicted
-    increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all.
+    increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all. ``gram`` and
+    ``gram_budget`` are how the curvature is kept, see ``Scores``.
 
     Raises ValueError for a target outside (0, 1] or one that can't be reached, an unknown ``of`` or criterion, and
     whatever ``Scores`` refuses.
@@ -67,11 +68,12 @@ class Pruner:
         damping: float = DAMPING,
         bound: float | None = None,
         cost_power: float = COST_POWER,
+        gram: str = "auto",
+        gram_budget: int = 2**31,
     ) -> None:
         check_target(target)
         for name, value in (("every", every), ("step", step), ("min_channels", min_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} must be a whole number of at least 1")
+            check_whole(name, value)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must be in [0, 1)")
         if example_inputs is None:
@@ -81,14 +83,14 @@ class Pruner:
         self.model, self.example_inputs, self.optimizers = model, example_inputs, listed(optimizer)
         self.criterion, self.target, self.of = criterion, target, of
         self.every, self.round_step, self.momentum, self.min_channels = every, step, momentum, min_channels
-        gram = "auto" if self._recovery.wanted else None
-        self.scores = Scores(model, example_inputs, criteria=[criterion], seed=seed, gram=gram)
-        try:
-            self._dense = Dense(model, self.scores.coupling, of)
-            self._dense.check_reachable(self.scores.coupling, target, min_channels)
-        except ValueError:
-            self.scores.detach()
-            raise
+        coupling = couple(model, example_inputs)
+        self._dense = Dense(model, coupling, of)
+        self._dense.check_reachable(coupling, target, min_channels)
+        wanted = gram if self._recovery.wanted else None
+        self.scores = Scores(
+            model, example_inputs, criteria=[criterion], seed=seed, gram=wanted, gram_budget=gram_budget,
+            coupling=coupling,
+        )  # fmt: skip
         self._meter = self._dense.meter
         self._steps = 0
 
@@ -106,7 +108,8 @@ class Pruner:
         """Call after every ``optimizer.step()``; returns the units removed now, mostly none.
 
         Places of returned units are channel numbers from before this cut. Raises RuntimeError in a round without a
-        single usable minibatch, and SurgeryError, with everything as it was, where a cut can't be verified.
+        single usable minibatch; with everything as it was, SurgeryError where a cut can't be verified, and ValueError
+        where the curvature is singular in spite of the damping or a folded gate overflows a weight's dtype.
         """
         if self.done:
             return []

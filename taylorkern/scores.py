@@ -16,7 +16,7 @@ from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .folding import LayersFolding
 from .gates import Gate
-from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix
+from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import Gated
 from .outputs import OutputShares
 from .state import untouched
@@ -27,6 +27,7 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "filter_norm": weights.filter_norm,
 }
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
+_FROM_SAMPLES = ("fisher", "fisher_change_squared")
 FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
 # A unit that the second can't judge has no value in the first either.
@@ -57,6 +58,10 @@ class Scores:
     holds a whole step, :meth:`fold` at its end, captured after a few steps and a ``fold()`` outside: each replay then
     adds a minibatch. ``torch.cuda.make_graphed_callables`` knows no gates, so none of its replays is scored.
 
+    The first dimension of what a layer is given is taken for the samples. Where that is not so in all of them (tokens
+    or windows folded into it), G is right, but h and the matrix over units are of rows that are no samples: reading
+    them warns.
+
     ``criteria`` names those that will be asked for; it is needed only for ``taylor_weight`` and ``taylor_output``,
     which cost a pass over the weights' gradients or the activations and so are not collected by default.
 
@@ -66,9 +71,11 @@ class Scores:
     "surgeon", which needs one ("auto"). All of it is float64 and counts towards ``gram_budget``, in bytes; no other
     statistic changes. A reservoir makes a GPU wait once a minibatch, and can't be captured by a CUDA graph.
 
+    ``coupling`` is the model's, where it is at hand: it is not looked for again.
+
     Raises ValueError where the model is not converted or only in part, fails on the example, returns nothing
     differentiable, or has no unit that can be scored; for an unknown criterion; and where ``gram`` is unknown or takes
-    more than ``gram_budget``.
+    more than ``gram_budget``. A Scores that was attached to the model before is then as it was.
 
     >>> from taylorkern import convert
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
@@ -90,6 +97,7 @@ class Scores:
         gram: str | None = None,
         gram_budget: int = 2**31,
         gram_rows: int = 4096,
+        coupling: Coupling | None = None,
     ) -> None:
         if not any(isinstance(module, Gated) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no gated layer; call taylorkern.convert(model) first")
@@ -105,10 +113,13 @@ class Scores:
         self._h: Tensor | None = None  # curvature [U] of the minibatch under way
         self._rows: list[Tensor] = []  # those whose squares it is, if they are kept
         alone = example_inputs is None
-        self.coupling: Coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
+        if coupling is None:
+            coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
+        self.coupling: Coupling = coupling
         if not self.coupling.units:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
         self._by_unit = LayersFolding(self.coupling)
+        self._gram_budget = gram_budget
         self._gram = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
@@ -116,9 +127,16 @@ class Scores:
         names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         shapes = {name: (len(self._outputs),) if name == "output_abs" else () for name in names}
         self._statistics = Statistics(shapes, len(self.units))
-        self._attach()
-        if not alone:
-            self._check_differentiable(example_inputs)
+        before = self._attach()
+        try:
+            if not alone:
+                self._check_differentiable(example_inputs)
+            others = _owners_to_detach(before)
+        except BaseException:
+            self._withdraw(before)
+            raise
+        for other in others:
+            other.detach()
         self.reset()
 
     @property
@@ -177,7 +195,8 @@ class Scores:
         reset that :meth:`curvature` was called in on, a row for each of its cotangents v, ∂⟨f[n], v[n]⟩/∂z[n, :],
         divided by √draws, and E_b is over those minibatches alone. So H's diagonal is the statistic of that name.
         ``form`` is "full", one block [U, U], or "blocks", one for the units whose first places share a layer; as it is
-        kept by default, and a reservoir in full. The matrices are new, and where the statistics are.
+        kept by default, and a reservoir in full where that fits ``gram_budget``. The matrices are new, and where the
+        statistics are.
 
         Raises ValueError where no Gram matrix is kept, for an unknown form or for "full" where "blocks" are kept, and
         RuntimeError like :meth:`importance`.
@@ -191,11 +210,12 @@ class Scores:
         ([0, 1, 2], True)
         """
         kept = self._gram_kept()
-        form = form or (kept.form if kept.form in READABLE else "full")
+        form = form or (kept.form if kept.form in READABLE else within(self.units, self._gram_budget))
         if form not in READABLE:
             raise ValueError(f"form={form!r} is not one of {', '.join(map(repr, READABLE))}")
         self.fold()
         self._check_any()
+        self._check_samples()
         minibatches = self._curvatures() if kept.source == CURVATURE else int(self._statistics.count)
         return kept.blocks(self.units, form, minibatches)
 
@@ -251,6 +271,8 @@ class Scores:
                 found = self._rows_of(logits, v / len(logits))
                 h = h + self._by_unit.gradients(found)[1]
                 rows += self._gram_rows(found, CURVATURE)
+        if not h.dim():
+            raise ValueError(f"loss={loss!r} gave no cotangent for these logits")
         self._h = h / repeats
         self._rows = [some.div_(repeats**0.5) for some in rows]
         self._asked += 1
@@ -293,6 +315,7 @@ class Scores:
             self._gram.reset()
         self._asked = 0  # calls of curvature()
         self._silent = set(self._gates)
+        self._uneven = ""
 
     def detach(self) -> None:
         """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
@@ -353,7 +376,7 @@ class Scores:
         second call would count the first one's again.
 
         Raises RuntimeError where there is no process group or this process is not in it, and ValueError, with
-        everything as it was, where :meth:`merge` does.
+        everything in this process as it was, where :meth:`merge` does here: make the Scores alike in all of them.
         """
         own = self.state_dict()
         first, *others = gathered(own, group)
@@ -430,6 +453,7 @@ class Scores:
     def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
         self._silent.difference_update(arrived)
+        self._uneven = self._uneven or _uneven(arrived)
         gate, fisher = self._by_unit.gradients(arrived)
         of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._bn}
         bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._by_unit.gradients(of_bn)[0]
@@ -469,6 +493,8 @@ class Scores:
 
     def _mean(self, need: str) -> Tensor:
         self._check_any()
+        if need in (*_FROM_SAMPLES, *FROM_CURVATURE):
+            self._check_samples()
         count = self._curvatures() if need in FROM_CURVATURE else int(self._statistics.count)
         total = self._statistics.sums[need]
         judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
@@ -496,15 +522,26 @@ class Scores:
                 stacklevel=stacklevel(),
             )
 
+    def _check_samples(self) -> None:
+        if self._uneven:
+            warnings.warn(
+                f"{self._uneven} in one minibatch: what a layer has first is taken for the samples, so h and the "
+                "matrix over units are not those of the samples; give every layer [N, ...]",
+                stacklevel=stacklevel(),
+            )
+
     def _curvatures(self) -> int:
         if not int(self._statistics.curved):
+            dropped = int(self._statistics.dropped)
+            why = f"; {dropped} minibatches were dropped, for their gradients were not finite" if dropped else ""
             raise RuntimeError(
                 "no curvature yet: call scores.curvature(logits, targets) after the forward and before "
-                "loss.backward(), with no other forward in between"
+                f"loss.backward(), with no other forward in between{why}"
             )
         return int(self._statistics.curved)
 
-    def _attach(self) -> None:
+    def _attach(self) -> dict[str, Gate | None]:
+        """Take the layers' gates over; returns those that were there."""
         gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
         left_out = [layer for layer in self.coupling.layers if layer not in gated]
         if left_out:
@@ -512,18 +549,20 @@ class Scores:
                 f"layer {left_out[0]!r} and {len(left_out) - 1} more hold channels of units but are not converted, so "
                 "these units' scores would miss their share; call taylorkern.convert on the whole model"
             )
-        others = (gate.owner() for layer in self.coupling.layers if (gate := gated[layer].gate))
-        for other in {id(owner): owner for owner in others if owner}.values():
-            warnings.warn(
-                "the model already feeds another Scores, which is detached: it gets no more minibatches from here on",
-                stacklevel=stacklevel(),
-            )
-            other.detach()
+        before = {layer: gated[layer].gate for layer in self.coupling.layers}
         self._gates = {layer: Gate(self, every_element=bool(self._outputs)) for layer in self.coupling.layers}
         for layer, gate in self._gates.items():
             gated[layer].gate = gate
         batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         self._bn = frozenset(batch_norms)
+        return before
+
+    def _withdraw(self, before: Mapping[str, Gate | None]) -> None:
+        """Give the layers the gates back that they had before."""
+        for layer, gate in before.items():
+            self.model.get_submodule(layer).gate = gate  # type: ignore[assignment]
+        if self._weight_squares:
+            self._weight_squares.detach()
 
     def _attached(self) -> bool:
         layers = dict(self.model.named_modules())
@@ -534,11 +573,30 @@ class Scores:
             self.model.eval()
             outputs = list(tensors(run(self.model, example_inputs)))
         if not any(output.requires_grad for output in outputs):
-            self.detach()
             raise ValueError(
                 f"{type(self.model).__name__} returns nothing that can be differentiated back to a gate on the example "
                 "inputs; scores need an output (logits, a loss) that depends on the layers with gradients on"
             )
+
+
+def _uneven(arrived: Mapping[str, list[Tensor]]) -> str:
+    """Which two layers were given other numbers of samples, or "" where all are alike."""
+    sizes = {layer: sorted({len(s) for s in scores}) for layer, scores in arrived.items()}
+    first, *others = sizes
+    other = next((layer for layer in others if sizes[layer] != sizes[first]), None)
+    return "" if other is None else f"{first} was given {sizes[first]} samples and {other} {sizes[other]}"
+
+
+def _owners_to_detach(before: Mapping[str, Gate | None]) -> list[Scores]:
+    """The Scores whose gates are taken over; warns of each."""
+    owners = (gate.owner() for gate in before.values() if gate)
+    others = list({id(owner): owner for owner in owners if owner}.values())
+    for _ in others:
+        warnings.warn(
+            "the model already feeds another Scores, which is detached: it gets no more minibatches from here on",
+            stacklevel=stacklevel(),
+        )
+    return others
 
 
 def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:

@@ -46,7 +46,7 @@ def choose(blocks: Sequence[Block], remaining: Remaining, damping: float = DAMPI
 
     The increase is (1 + d_u)² / (2·[(H + λI)_KK⁻¹]_uu) over the units K still there, d their optimal shift; it is
     divided by what the removal saves, to the power ``cost_power``; ties go by unit index.
-    It ends when ``remaining`` is done or allows no more. A unit that no row speaks about goes first.
+    A unit that no row speaks about counts as an increase of λ/2. It ends when ``remaining`` is done or allows no more.
 
     Returns int64 indices. Raises ValueError for a damping or ``cost_power`` that is negative or no number, an H that is
     not finite, and, as SingularError, an H that is singular in spite of the damping.

@@ -2,13 +2,14 @@
 
 import copy
 import doctest
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 import taylorkern as tk
 from bench.study.hessian_matrices import gauss_newton
@@ -324,6 +325,52 @@ def test_training_and_scores_are_undisturbed():
         found.append([*gradients, *model.state_dict().values(), *map(scores.importance, names), after])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_reservoir_is_read_whole_only_where_that_fits_the_budget():
+    model, scores = made(form="reservoir", gram_rows=5, gram_budget=8 * 300)
+    step(model, 1)
+    units = len(scores.units)
+    assert units**2 > 300 and len(scores.gram()) > 1 and len(scores.gram("full")) == 1
+
+
+def test_a_minibatch_without_samples_is_one_of_nought():
+    model, scores = made(form="reservoir")
+    model(batch(0, 1)[0][:0]).sum().backward()
+    assert scores.minibatches == 1 and not whole(scores).any()
+
+
+def test_a_loss_without_cotangents_is_refused_at_once():
+    model, scores = made()
+    with pytest.raises(ValueError, match="gave no cotangent"):
+        scores.curvature(model(batch(0)[0]), loss=lambda logits, targets: [])
+    assert not scores.curvature_waits
+
+
+class Folded(nn.Module):
+    """Tokens folded into the samples for one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.tokens(x.flatten(0, 1))).view(len(x), -1))
+
+
+def test_layers_that_do_not_see_the_samples_are_named():
+    model = nn.Sequential(Folded(), nn.ReLU(), nn.Linear(2, 2))
+    model = tk.convert(model)
+    x = torch.randn(5, 2, 3)
+    scores = tk.Scores(model, x, gram="full")
+    model(x).square().mean().backward()
+    for read in (scores.gram, lambda: scores.importance("taylor_so_fisher")):
+        with pytest.warns(UserWarning, match=r"0\.tokens was given \[10\] samples and 0\.head \[5\]") as caught:
+            read()
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores.importance("taylor_fo")
 
 
 def test_forms_and_budgets():

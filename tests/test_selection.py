@@ -123,6 +123,43 @@ def test_compensation_can_be_left_out_and_bounded():
     assert 0 < near < far / 5
 
 
+def test_scores_start_anew_where_gates_have_moved():
+    model, x = digits_net(), batches()[0][0][:1]
+    scores = scored(model, gram="full")
+    tk.prune(model, x, criterion="surgeon", target=0.8, compensate=False)
+    assert scores.minibatches == 3
+    tk.prune(model, x, criterion="surgeon", target=0.8)
+    assert scores.minibatches == 0
+    with pytest.raises(RuntimeError, match="no score yet"):
+        tk.prune(model, x, criterion="surgeon", target=0.8)
+
+
+def test_a_cut_in_inference_mode_can_be_trained_on():
+    model, (x, labels) = digits_net(), batches()[0]
+    optimizer = torch.optim.AdamW(model.parameters())
+    scores = scored(model, gram="full")
+    optimizer.step()
+    with torch.inference_mode():
+        tk.prune(model, x[:1], criterion="surgeon", target=0.7, optimizer=optimizer)
+        tk.prune(model, x[:1], criterion="magnitude", target=0.7, optimizer=optimizer)
+    F.cross_entropy(model(x), labels).backward()
+    optimizer.step()
+    assert scores.minibatches == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_pruner_keeps_the_matrix_as_it_is_told():
+    model, (x, labels) = digits_net(), batches()[0]
+    units = len(tk.couple(model, x[:1]).units)
+    pruner = tk.Pruner(
+        model, x[:1], criterion="surgeon", every=1, target=0.9, gram="auto", gram_budget=8 * units**2 - 1
+    )
+    assert len(pruner.scores.units) == units
+    F.cross_entropy(model(x), labels).backward()
+    assert len(pruner.scores.gram()) > 1
+    assert pruner.step()
+
+
 def test_less_is_lost_than_without():
     """On what it was scored on, the quadratic that the surgeon lowers: by itself, and against taylor_fo's choice."""
     model = digits_net()
@@ -262,6 +299,7 @@ def wrong_requests():
     yield "target", lambda m: tk.prune(m, x, criterion="surgeon", target=1e-4), "can't be reached"
     yield "damping", lambda m: tk.prune(m, x, criterion="surgeon", damping=-1), "damping=-1"
     yield "power", lambda m: tk.prune(m, x, criterion="surgeon", cost_power=-1), "cost_power=-1"
+    yield "width", lambda m: tk.prune(m, x, criterion="surgeon", min_channels=0), "min_channels=0"
     yield "bound", lambda m: tk.prune(m, x, criterion="surgeon", bound=0), "bound=0"
     yield "momentum", lambda m: tk.Pruner(m, x, criterion="surgeon", momentum=0.5), "momentum=0.5"
     yield "pruner", lambda m: tk.Pruner(m, x, criterion="surgeom"), "known are .*surgeon"

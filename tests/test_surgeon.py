@@ -207,6 +207,13 @@ def test_fewer_samples_than_units_need_damping_and_get_it():
     assert shift(in_one(matrix), found).isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_a_singular_matrix_that_rounding_hides_is_refused(seed):
+    matrix = curvature(3 + seed % 5, 9 + seed % 7, seed)
+    with pytest.raises(SingularError, match="larger damping"):
+        shift(in_one(matrix), torch.tensor([0]), damping=0.0)
+
+
 @pytest.mark.parametrize("damping", [-1.0, math.nan, math.inf])
 def test_a_damping_without_meaning_is_refused(damping):
     with pytest.raises(ValueError, match="damping="):
