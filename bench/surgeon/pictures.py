@@ -25,7 +25,13 @@ OWN = {
     "bn_scale": "#8c6d4f",
     "random": GREY,
 }
-VARIED = {"surgeon, blocks": ":", "surgeon, Fisher rows": "-."}
+VARIED = {
+    "surgeon, blocks": ":",
+    "surgeon, Fisher rows": "-.",
+    "surgeon, per whole cost": ":",
+    "surgeon, whatever the cost": "-.",
+}
+BANDED = ("surgeon", "taylor_fo")
 
 
 def draw(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], plan: Plan, folder: Path) -> None:
@@ -69,7 +75,7 @@ def _curve(axes: Axes, name: str, curve: Mapping[str, Any], x: Sequence[float]) 
     width, order = (2.4, 3) if name == "surgeon" else (1.2, 2)
     means = [a["mean"] for a in curve["accuracy"]]
     axes.plot(x, means, label=name, color=OWN[criterion], ls=_line(name), lw=width, marker=".", ms=4, zorder=order)
-    if name in ("surgeon", "taylor_fo") and curve["accuracy"][0]["low"] is not None:
+    if name in BANDED and curve["accuracy"][0]["low"] is not None:
         low, high = ([a[end] for a in curve["accuracy"]] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=OWN[criterion], alpha=0.15, lw=0)
 
@@ -138,9 +144,9 @@ def tuning(summary: Mapping[str, Any], plan: Plan) -> Figure:
     for axes, (group, found) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for name, of in found["tuning"].items():
             means = of["accuracy"]
-            colour, made_up = OWN[name.split(",")[0]], name == "surgeon" or name.endswith(COMPENSATED)
-            axes.plot(plan.epochs, [m["mean"] for m in means], color=colour, ls="-" if made_up else "--", label=name)
-            if means[0]["low"] is not None:
+            colour = OWN[name.split(",")[0]]
+            axes.plot(plan.epochs, [m["mean"] for m in means], color=colour, ls=_line(name), label=name)
+            if name in BANDED and means[0]["low"] is not None:
                 ends = [[m[end] for m in means] for end in ("low", "high")]
                 axes.fill_between(plan.epochs, *ends, color=colour, alpha=0.12, lw=0)
         last = found["tuning"]["taylor_fo"]["accuracy"][-1]["mean"]
