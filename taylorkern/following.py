@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .attachment import attached
 from .blame import stacklevel
 from .coupling import Coupling
-from .layers import Gated
 from .scores import Scores
 from .surgery import cut
 
@@ -29,10 +29,10 @@ def cut_and_follow(
     of the model) can't follow and is detached. With ``gates`` the others start anew: what they hold is of gates that
     have moved.
     """
-    watching = [scores for scores in _attached(model) if scores.coupling.fingerprint == coupling.fingerprint]
+    watching = [scores for scores in attached(model) if scores.coupling.fingerprint == coupling.fingerprint]
     for scores in watching:
         scores.fold()
-    others = [scores for scores in _attached(model) if scores not in watching]
+    others = [scores for scores in attached(model) if scores not in watching]
     for _ in others:  # before anything has changed: a warning may be an error here
         warnings.warn(
             "a Scores attached to the model counts other units than the cut, so it can't follow: the cut detaches it, "
@@ -54,13 +54,8 @@ def cut_and_follow(
 
 def followed(model: nn.Module) -> Scores | None:
     """An attached Scores that counts this model's units: after cuts it may count a layer's last, which couple won't."""
-    found = (scores for scores in _attached(model) if scores.model is model)
+    found = (scores for scores in attached(model) if scores.model is model)
     return next((scores for scores in found if scores.coupling.consumers and scores.coupling.fits(model)), None)
-
-
-def _attached(model: nn.Module) -> list[Scores]:
-    owners = (module.gate.owner() for module in model.modules() if isinstance(module, Gated) and module.gate)
-    return list({id(owner): owner for owner in owners if owner is not None}.values())
 
 
 def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
 
 from . import weights
+from .attachment import Attachment
 from .blame import stacklevel
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .folding import LayersFolding
-from .gates import Gate
 from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import Gated
 from .outputs import OutputShares
@@ -32,12 +32,6 @@ FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
-
-
-_NO_GATE = (
-    "these logits depend on no gate: make them by a forward of the scored model, gradients on, and not inside a "
-    "reentrant checkpoint, whose graph does not exist before backward"
-)
 
 
 class Scores:
@@ -121,22 +115,22 @@ class Scores:
         self._by_unit = LayersFolding(self.coupling)
         self._gram_budget = gram_budget
         self._gram = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
-        self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
         self._output_shares = OutputShares(self._outputs)
         names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         shapes = {name: (len(self._outputs),) if name == "output_abs" else () for name in names}
         self._statistics = Statistics(shapes, len(self.units))
-        before = self._attach()
+        self._attachment = Attachment(self, model, self.coupling.layers, every_element=bool(self._outputs))
         try:
             if not alone:
                 self._check_differentiable(example_inputs)
-            others = _owners_to_detach(before)
+            others = self._attachment.displaced()
         except BaseException:
-            self._withdraw(before)
+            self._attachment.withdraw()
             raise
         for other in others:
             other.detach()
+        self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self.reset()
 
     @property
@@ -268,7 +262,7 @@ class Scores:
         repeats = draws if method != "exact" else 1
         for _ in range(repeats):
             for v in cotangents(logits, targets, loss, method, generator):
-                found = self._rows_of(logits, v / len(logits))
+                found = self._attachment.rows(logits, v / len(logits))
                 h = h + self._by_unit.gradients(found)[1]
                 rows += self._gram_rows(found, CURVATURE)
         if not h.dim():
@@ -286,27 +280,6 @@ class Scores:
         """Drop a curvature that waits; a new forward does, so that it never joins another minibatch's scores."""
         self._h, self._rows = None, []
 
-    def _rows_of(self, logits: Tensor, cotangent: Tensor) -> dict[str, list[Tensor]]:
-        leaves = [(layer, z) for layer, gate in self._gates.items() for z in gate.leaves()]
-        if not logits.requires_grad or not leaves:
-            raise ValueError(_NO_GATE)
-        try:
-            ends = [z for _, z in leaves]
-            found = torch.autograd.grad(logits, ends, cotangent, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise RuntimeError(
-                "the graph of these logits is freed: call scores.curvature before loss.backward(), not after"
-            ) from error
-        arrived: dict[str, list[Tensor]] = {}
-        for (layer, _), row in zip(leaves, found, strict=True):
-            if row is not None:
-                arrived.setdefault(layer, []).append(row)
-        if not arrived:
-            raise ValueError(_NO_GATE)
-        return arrived
-
     def reset(self) -> None:
         """Forget every minibatch so far."""
         self._discard()
@@ -314,16 +287,13 @@ class Scores:
         if self._gram:
             self._gram.reset()
         self._asked = 0  # calls of curvature()
-        self._silent = set(self._gates)
+        self._silent = set(self._attachment.gates)
         self._uneven = ""
 
     def detach(self) -> None:
         """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
         self.fold()
-        for layer, gate in self._gates.items():
-            module = self.model.get_submodule(layer)
-            if getattr(module, "gate", None) is gate:
-                module.gate = None  # type: ignore[assignment]
+        self._attachment.detach()
         if self._weight_squares:
             self._weight_squares.detach()
 
@@ -427,7 +397,7 @@ class Scores:
     @_disable_dynamo
     def fold(self) -> None:
         """Add the scores that have arrived to the statistics; called by itself before the next forward or reading."""
-        arrived = self._take()
+        arrived = self._attachment.drain()
         if not arrived:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -439,23 +409,18 @@ class Scores:
         self.forget_curvature()
 
     def _discard(self) -> None:
-        self._take()
+        self._attachment.drain()
+        self._attachment.drain_elements()
         self.forget_curvature()
-        for gate in self._gates.values():
-            gate.drain_elements()
         if self._weight_squares:
             self._weight_squares.clear()
-
-    def _take(self) -> dict[str, list[Tensor]]:
-        arrived = {layer: gate.drain() for layer, gate in self._gates.items()}
-        return {layer: scores for layer, scores in arrived.items() if scores}
 
     def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
         self._silent.difference_update(arrived)
         self._uneven = self._uneven or _uneven(arrived)
         gate, fisher = self._by_unit.gradients(arrived)
-        of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._bn}
+        of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._attachment.batch_norms}
         bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._by_unit.gradients(of_bn)[0]
         minibatch = {
             "gate": gate,
@@ -469,8 +434,7 @@ class Scores:
             signed = self._h / 2 - gate
             minibatch |= {"curvature": self._h, "change": signed, "change_squared": signed.square()}
         if self._outputs:
-            products = {layer: layer_gate.drain_elements() for layer, layer_gate in self._gates.items()}
-            products = {layer: found for layer, found in products.items() if found}
+            products = self._attachment.drain_elements()
             minibatch["output_abs"] = self._output_shares(products, self.coupling, gate.device)
         if self._weight_squares:
             minibatch["weight_squared"] = self._weight_squares.drain(self.coupling, gate.device)
@@ -507,7 +471,7 @@ class Scores:
             raise RuntimeError(
                 f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
             )
-        if count == 0 and not self._attached():
+        if count == 0 and not self._attachment.intact:
             raise RuntimeError(
                 "no score yet, and none will come: the layers carry these gates no more, for the model was reverted, "
                 "another Scores took over, or detach() was called; make a new Scores"
@@ -540,34 +504,6 @@ class Scores:
             )
         return int(self._statistics.curved)
 
-    def _attach(self) -> dict[str, Gate | None]:
-        """Take the layers' gates over; returns those that were there."""
-        gated = {name: module for name, module in self.model.named_modules() if isinstance(module, Gated)}
-        left_out = [layer for layer in self.coupling.layers if layer not in gated]
-        if left_out:
-            raise ValueError(
-                f"layer {left_out[0]!r} and {len(left_out) - 1} more hold channels of units but are not converted, so "
-                "these units' scores would miss their share; call taylorkern.convert on the whole model"
-            )
-        before = {layer: gated[layer].gate for layer in self.coupling.layers}
-        self._gates = {layer: Gate(self, every_element=bool(self._outputs)) for layer in self.coupling.layers}
-        for layer, gate in self._gates.items():
-            gated[layer].gate = gate
-        batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-        self._bn = frozenset(batch_norms)
-        return before
-
-    def _withdraw(self, before: Mapping[str, Gate | None]) -> None:
-        """Give the layers the gates back that they had before."""
-        for layer, gate in before.items():
-            self.model.get_submodule(layer).gate = gate  # type: ignore[assignment]
-        if self._weight_squares:
-            self._weight_squares.detach()
-
-    def _attached(self) -> bool:
-        layers = dict(self.model.named_modules())
-        return all(getattr(layers.get(layer), "gate", None) is gate for layer, gate in self._gates.items())
-
     def _check_differentiable(self, example_inputs: Any) -> None:
         with untouched(self.model), torch.enable_grad():
             self.model.eval()
@@ -585,18 +521,6 @@ def _uneven(arrived: Mapping[str, list[Tensor]]) -> str:
     first, *others = sizes
     other = next((layer for layer in others if sizes[layer] != sizes[first]), None)
     return "" if other is None else f"{first} was given {sizes[first]} samples and {other} {sizes[other]}"
-
-
-def _owners_to_detach(before: Mapping[str, Gate | None]) -> list[Scores]:
-    """The Scores whose gates are taken over; warns of each."""
-    owners = (gate.owner() for gate in before.values() if gate)
-    others = list({id(owner): owner for owner in owners if owner}.values())
-    for _ in others:
-        warnings.warn(
-            "the model already feeds another Scores, which is detached: it gets no more minibatches from here on",
-            stacklevel=stacklevel(),
-        )
-    return others
 
 
 def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:

@@ -142,7 +142,7 @@ def test_more_draws_average():
 
 def arrived(scores):
     """s[n, u] of the minibatch under way, [N, U] in float64, place by place."""
-    s = {layer: gate.leaves()[0].grad.double() for layer, gate in scores._gates.items()}
+    s = {layer: gate.leaves()[0].grad.double() for layer, gate in scores._attachment.gates.items()}
     return torch.stack([sum(s[layer][:, c] for layer, c in unit.places) for unit in scores.units], dim=1)
 
 
