@@ -107,6 +107,8 @@ class Scores:
         self._h: Tensor | None = None  # curvature [U] of the minibatch under way
         self._rows: list[Tensor] = []  # those whose squares it is, if they are kept
         alone = example_inputs is None
+        if coupling is not None and not coupling.fits(model):
+            raise ValueError("coupling= is of another model, or of this one before or after a cut; leave it out")
         if coupling is None:
             coupling = _each_channel_alone(model, layers) if alone else couple(model, example_inputs)
         self.coupling: Coupling = coupling

@@ -18,6 +18,7 @@ __all__ = ["SurgeryError", "cut", "fit_attributes"]
 Keep = dict[int, Tensor]  # dim → indices that stay
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
 def cut(
     model: nn.Module,
     coupling: Coupling,
@@ -53,19 +54,6 @@ def cut(
     gone = _checked(removed, coupling)
     if not len(gone) and gates is None:
         return coupling
-    with torch.inference_mode(False):  # whose tensors could not be trained
-        return _carried_out(model, coupling, gone, example_inputs, optimizers, verify, gates)
-
-
-def _carried_out(
-    model: nn.Module,
-    coupling: Coupling,
-    gone: Tensor,
-    example_inputs: Any,
-    optimizers: Iterable[torch.optim.Optimizer],
-    verify: bool,
-    gates: Tensor | None,
-) -> Coupling:
     named, stays = named_tensors(model), coupling.staying(gone)
     plan = _plan(named, coupling, stays)
     scaled = {} if gates is None else folded(model, coupling, gone, gates)

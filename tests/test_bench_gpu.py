@@ -1,6 +1,5 @@
 """The GPU bench's pieces, each tried on the processor with tiny sizes: what is wrong is found, and not timed."""
 
-import doctest
 import re
 
 import pytest
@@ -64,11 +63,6 @@ class Refusing(device.Processor):
 
 def task(tmp_path, on=None, seconds=100.0):
     return Task(on or device.Processor(), True, seconds, tmp_path / "part.json")
-
-
-@pytest.mark.parametrize("module", [choice, facts, providers, sanitizer, timing])
-def test_docstrings_say_what_happens(module):
-    assert not doctest.testmod(module).failed
 
 
 def test_a_timed_call_follows_an_untimed_one_and_a_round_is_waited_for_once():

@@ -1,6 +1,5 @@
 """The GPU check as a whole: its budget, pieces that fail, one JSON of all parts, bars, the page, and what is kept."""
 
-import doctest
 import json
 import sys
 import time
@@ -16,11 +15,6 @@ from bench.operations import OPERATIONS
 from taylorkern.backends.choice import MEASURED
 
 DEVICE = "NVIDIA H100 80GB HBM3"
-
-
-@pytest.mark.parametrize("module", [check, result])
-def test_docstrings_say_what_happens(module):
-    assert not doctest.testmod(module).failed
 
 
 def test_all_pieces_fit_into_nine_minutes():

@@ -1,6 +1,5 @@
 """Coefficients against values worked out by hand and scipy's own; intervals against what they must contain."""
 
-import doctest
 import math
 import statistics
 import subprocess
@@ -13,7 +12,6 @@ from scipy import stats
 from torch import nn
 
 import taylorkern as tk
-from taylorkern import correlation
 from taylorkern.correlation import COEFFICIENTS, by_layer, correlations, interval
 from tests.networks import residual
 
@@ -141,7 +139,3 @@ def test_a_unit_with_two_places_in_a_layer_counts_once():
 def test_importing_the_package_does_not_import_scipy():
     code = "import sys, taylorkern, taylorkern.cli; print([m for m in sys.modules if m.split('.')[0] == 'scipy'])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_the_documentations_examples():
-    assert doctest.testmod(correlation).failed == 0

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from taylorkern import backends, folding
 from taylorkern.backends import native
 from taylorkern.folding import Folding
+from tests.cases import distance, normal
 
 
 @pytest.fixture(params=["kernel", "torch"], autouse=True)
@@ -103,3 +106,24 @@ def test_the_same_gradients_give_the_same_bits():
     s = torch.randn(9, 1000, generator=torch.Generator().manual_seed(2))
     first, again = Folding(units, 300)(s), Folding(units, 300)(s)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# Who folds is the same for all examples of a run.
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(-1, 6), min_size=0, max_size=20),
+    st.integers(1, 9),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**31),
+)
+def test_rows_are_what_folding_sums(units, samples, dtype, seed):
+    pieces = [part.contiguous() for part in normal((samples, len(units)), seed, dtype).tensor_split(3, dim=1)]
+    fold = Folding(torch.tensor(units, dtype=torch.int64), 7)
+    rows = fold.rows(*pieces)
+    want = torch.zeros(samples, 7, dtype=torch.float64)
+    for channel, unit in enumerate(units):
+        if unit >= 0:
+            want[:, unit] += torch.cat(pieces, dim=1)[:, channel]
+    assert rows.dtype == torch.float64 and torch.equal(rows, want)
+    sums, squares = fold(*pieces)
+    assert distance(sums, rows.sum(0)) < 1e-12 and distance(squares, rows.square().sum(0)) < 1e-12

@@ -1,6 +1,5 @@
 """The guard: a figure that has moved fails it, by name and with what to do; what can't be checked is told."""
 
-import doctest
 import json
 import platform
 import re
@@ -217,7 +216,3 @@ def test_what_is_recorded_is_of_every_kernel_layout_and_type():
     recorded = baseline.read(ratios.FILE)
     assert recorded["margin"] == ratios.RULE.margin
     assert list(recorded["baseline"]) == [ratios.name(case) for case in ratios.CASES]
-
-
-def test_the_documentations_example():
-    assert doctest.testmod(baseline).failed == 0

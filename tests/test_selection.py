@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import taylorkern as tk
+from bench.zoo import masked
 from taylorkern.budget import Meter
 from taylorkern.demo.network import DigitsNet
 from taylorkern.shrinking import Shrinking
 from taylorkern.surgeon import COST_POWER, DAMPING, choose, shift
+from tests import compensated
+from tests.compensated import of_the_kept
 
 
 def digits_net(seed=0):
@@ -53,20 +56,7 @@ def scored(model, sketched=False, **options):
 
 def gated(model, coupling, removed, z):
     """The dense model's logits with the gates z really multiplied and the removed units' consumers at nought."""
-    model = copy.deepcopy(model)
-    gone = torch.zeros(len(z) + 1, dtype=torch.bool)
-    gone[removed] = True
-    padded = torch.cat([z, torch.ones(1, dtype=torch.float64)])
-    padded[gone] = 1
-    tensors = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, dim in coupling.consumers:
-            tensors[name].index_fill_(dim, gone[coupling.axes[name, dim]].nonzero().flatten(), 0)
-    for layer, units in coupling.layers.items():
-        model.get_submodule(layer).register_forward_hook(
-            lambda _, __, out, units=units: out * padded[units].view(1, -1, *[1] * (out.dim() - 2))
-        )
-    with torch.no_grad():
+    with masked(model, coupling, removed), compensated.gated(model, coupling, of_the_kept(z, removed)), torch.no_grad():
         return model(batches()[1][0])
 
 

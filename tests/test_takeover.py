@@ -36,6 +36,7 @@ FAILING = {
     "unreachable by the surgeon": lambda model: tk.Pruner(model, IMAGES, target=0.001, criterion="surgeon"),
     "too small a budget": lambda model: tk.Scores(model, IMAGES, gram="full", gram_budget=8),
     "a Pruner's": lambda model: tk.Pruner(model, IMAGES, criterion="surgeon", gram="full", gram_budget=8),
+    "another's coupling": lambda model: tk.Scores(model, IMAGES, coupling=tk.couple(residual(5), IMAGES)),
     "unknown form": lambda model: tk.Pruner(model, IMAGES, criterion="surgeon", gram="triangle"),
 }
 
@@ -46,7 +47,7 @@ def test_what_is_refused_takes_no_gate_over(failing):
     hooks = len(model[0].weight._backward_hooks)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError, match=r"can.t be reached|gram="):
+        with pytest.raises(ValueError, match=r"can.t be reached|gram=|of another model"):
             FAILING[failing](model)
     assert goes_on(model, scores) and len(model[0].weight._backward_hooks) == hooks
     assert scores.importance("taylor_weight").isfinite().all()
