@@ -2,6 +2,7 @@
 
 from . import backends as _backends  # noqa: F401  registers the operations' implementations
 from ._version import __version__
+from .attention import MultiheadAttention
 from .autograd import InplaceError
 from .coupling import couple
 from .layers import (
@@ -14,7 +15,11 @@ from .layers import (
     ConvTranspose1d,
     ConvTranspose2d,
     ConvTranspose3d,
+    Embedding,
+    GroupNorm,
+    LayerNorm,
     Linear,
+    RMSNorm,
     convert,
     revert,
 )
@@ -35,9 +40,14 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Embedding",
+    "GroupNorm",
     "InplaceError",
+    "LayerNorm",
     "Linear",
+    "MultiheadAttention",
     "Pruner",
+    "RMSNorm",
     "Scores",
     "StoreError",
     "SurgeryError",

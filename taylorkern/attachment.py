@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .blame import stacklevel
+from .emission import carry, gate_of
 from .gates import Gate
-from .layers import Gated
+from .layers import scorable
 
 if TYPE_CHECKING:
     from .scores import Scores
@@ -23,24 +24,25 @@ _NO_GATE = (
 class Attachment:
     """A gate of ``owner`` in each of ``layers``, from now on; ``every_element`` as in :class:`Gate`.
 
-    Raises ValueError where one of them is not gated.
+    A subclass of a torch layer takes it by a hook, which goes with it. Raises ValueError where one of them is a torch
+    layer that was not converted.
     """
 
     def __init__(self, owner: "Scores", model: nn.Module, layers: Iterable[str], every_element: bool) -> None:
-        gated = {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
-        left_out = [layer for layer in layers if layer not in gated]
+        carriers = {name: module for name, module in model.named_modules() if scorable(module)}
+        left_out = [layer for layer in layers if layer not in carriers]
         if left_out:
             raise ValueError(
                 f"layer {left_out[0]!r} and {len(left_out) - 1} more hold channels of units but are not converted, so "
                 "these units' scores would miss their share; call taylorkern.convert on the whole model"
             )
         self._model = model
-        self._before = {layer: gated[layer].gate for layer in layers}
+        self._before = {layer: gate_of(carriers[layer]) for layer in layers}
         self.gates = {layer: Gate(owner, every_element) for layer in layers}
         for layer, gate in self.gates.items():
-            gated[layer].gate = gate
-        batch_norms = (name for name, module in gated.items() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-        self.batch_norms = frozenset(batch_norms)
+            carry(carriers[layer], gate)
+        kind = nn.modules.batchnorm._BatchNorm
+        self.batch_norms = frozenset(name for name, module in carriers.items() if isinstance(module, kind))
 
     @property
     def intact(self) -> bool:
@@ -61,14 +63,14 @@ class Attachment:
     def withdraw(self) -> None:
         """Give the layers the gates back that they had before."""
         for layer, gate in self._before.items():
-            self._model.get_submodule(layer).gate = gate  # type: ignore[assignment]
+            carry(self._model.get_submodule(layer), gate)
 
     def detach(self) -> None:
         """Take the gates out of those layers that still have them."""
         for layer, gate in self.gates.items():
             module = self._model.get_submodule(layer)
-            if getattr(module, "gate", None) is gate:
-                module.gate = None  # type: ignore[assignment]
+            if gate_of(module) is gate:
+                carry(module, None)
 
     def drain(self) -> dict[str, list[Tensor]]:
         """Take the scores s [N, C] that have arrived since the last call, of the layers that have any."""
@@ -108,7 +110,7 @@ class Attachment:
 
 def attached(model: nn.Module) -> "list[Scores]":
     """Every Scores that has gates in ``model``."""
-    return owners(module.gate for module in model.modules() if isinstance(module, Gated))
+    return owners(gate_of(module) for module in model.modules())
 
 
 def owners(gates: Iterable[Gate | None]) -> "list[Scores]":

@@ -19,7 +19,7 @@ from .coupling import Coupling, couple
 from .criteria import CRITERIA, criterion
 from .curvature import METHODS, Cotangents, Loss
 from .example import copied, run
-from .layers import Gated, convert
+from .layers import GATED, convert, scorable
 from .oracle import oracle
 from .scores import FROM_CURVATURE, Scores
 from .state import untouched
@@ -173,7 +173,8 @@ def _check(
 def _evaluated(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model's function returned a {type(model).__name__}; it must return a torch.nn.Module")
-    if not any(isinstance(module, Gated) for module in model.modules()):
+    modules = list(model.modules())
+    if any(type(module) in GATED for module in modules) or not any(map(scorable, modules)):
         convert(model)
     return model.eval().requires_grad_(True)
 

@@ -5,7 +5,7 @@ forward and nothing else; with one it also delivers s [N, C], the gradient of it
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,51 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, direct
-from .autograd import BatchNormAct, ChannelGate, FusedBatchNormAct, InplaceError, attach
+from .attention import MultiheadAttention
+from .autograd import BatchNormAct, FusedBatchNormAct, attach
+from .channels import channel_dim as channel_dim
+from .channels import transposed_linear
+from .channels import width as width
+from .emission import Gated as Gated
+from .emission import Recompute, carry, gated
 from .gates import Gate
 from .ops import accumulator
 
 
-class Gated(nn.Module):
-    """What every gated layer shares: the gate, absent until a Scores attaches one."""
-
-    gate: Gate | None = None
-
-
 class _Affine(Gated):
     """A layer whose output is its parent's, with the gate behind it."""
-
-    channel_dim: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         parent: Callable[..., Tensor] = super().forward
         a = parent(*args, **kwargs)
         if self.gate is None or not self.gate.wanted():
             return a
-        view = partial(_as_ncs, batched=self._batched(a), channel_dim=self.channel_dim)
-        shape = view(a).shape
-        z, e = self.gate.leaf(shape[0], shape[1], a), self.gate.elements(shape, a)
         # Compiled code keeps the output that it overwrites.
-        recompute = None if torch.compiler.is_compiling() else _Recompute(self, args, kwargs, a.dtype)
-        return attach(ChannelGate, a, z, e, view, recompute)
-
-    def _batched(self, a: Tensor) -> bool:
-        raise NotImplementedError
+        recompute = None if torch.compiler.is_compiling() else Recompute(self, args, kwargs, a)
+        return gated(self, self.gate, a, recompute)
 
 
-class _Convolution(_Affine):
-    channel_dim = 1
-    weight: Tensor
-
-    def _batched(self, a: Tensor) -> bool:
-        return a.dim() == self.weight.dim()
-
-
-class Conv1d(_Convolution, nn.Conv1d):
+class Conv1d(_Affine, nn.Conv1d):
     """``torch.nn.Conv1d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
-class Conv2d(_Convolution, nn.Conv2d):
+class Conv2d(_Affine, nn.Conv2d):
     """``torch.nn.Conv2d`` whose output channels can be scored: a [N, C, H, W] gives s = Σ_HW a·dL/da, [N, C].
 
     Arguments, state_dict and repr are torch's. An output overwritten in place afterwards (``relu_``, ``+=``) is
@@ -70,19 +54,19 @@ class Conv2d(_Convolution, nn.Conv2d):
     """
 
 
-class Conv3d(_Convolution, nn.Conv3d):
+class Conv3d(_Affine, nn.Conv3d):
     """``torch.nn.Conv3d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
-class ConvTranspose1d(_Convolution, nn.ConvTranspose1d):
+class ConvTranspose1d(_Affine, nn.ConvTranspose1d):
     """``torch.nn.ConvTranspose1d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
-class ConvTranspose2d(_Convolution, nn.ConvTranspose2d):
+class ConvTranspose2d(_Affine, nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
-class ConvTranspose3d(_Convolution, nn.ConvTranspose3d):
+class ConvTranspose3d(_Affine, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` whose output channels can be scored; see :class:`Conv2d`."""
 
 
@@ -95,10 +79,39 @@ class Linear(_Affine, nn.Linear):
     Linear(in_features=4, out_features=2, bias=True)
     """
 
-    channel_dim = -1
 
-    def _batched(self, a: Tensor) -> bool:
-        return a.dim() > 1
+class Embedding(_Affine, nn.Embedding):
+    """``torch.nn.Embedding`` whose output's features can be scored: ids [N, *T] give s = Σ_T a·dL/da, [N, C].
+
+    Ids [N] are N samples of one position each. Arguments, state_dict and repr are torch's.
+
+    >>> Embedding(10, 4)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 4])
+    """
+
+
+class LayerNorm(_Affine, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose output's last dimension can be scored: a [N, *T, C] gives s = Σ_T a·dL/da, [N, C].
+
+    That is so for a ``normalized_shape`` of several dimensions too. Arguments, state_dict and repr are torch's.
+
+    >>> LayerNorm(4)
+    LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    """
+
+
+class RMSNorm(_Affine, nn.RMSNorm):
+    """``torch.nn.RMSNorm`` whose output's last dimension can be scored; see :class:`LayerNorm`."""
+
+
+class GroupNorm(_Affine, nn.GroupNorm):
+    """``torch.nn.GroupNorm`` whose channels can be scored: a [N, C, *S] gives s = Σ_S a·dL/da, [N, C].
+
+    Arguments, state_dict and repr are torch's.
+
+    >>> repr(GroupNorm(2, 6)) == repr(nn.GroupNorm(2, 6))
+    True
+    """
 
 
 class _BatchNorm(Gated):
@@ -143,21 +156,55 @@ GATED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.GroupNorm: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.Embedding: Embedding,
+    nn.MultiheadAttention: MultiheadAttention,
 }
 _PARENT = {ours: torchs for torchs, ours in GATED.items()}
+_BY_OUTPUT = tuple(torchs for torchs in GATED if torchs is not nn.MultiheadAttention)
 
 
 def gateable(module: nn.Module) -> bool:
-    """Whether ``module`` is a gated layer, or a torch layer (itself, no subclass) that can become one."""
-    return isinstance(module, Gated) or type(module) in GATED
+    """Whether a gate on ``module`` sits on what it returns, see ``channel_dim``: any layer but attention.
+
+    So it is a gated layer, a torch layer that can become one, or a subclass of one with a forward of its own.
+    Attention's gate sits inside of it, on what it emits (``taylorkern.emission.observed``).
+
+    >>> gateable(nn.Linear(4, 2)), gateable(nn.ReLU()), gateable(nn.MultiheadAttention(8, 2))
+    (True, False, False)
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return False
+    return isinstance(module, Gated) or type(module) in GATED or _by_hook(module)
+
+
+def scorable(module: nn.Module) -> bool:
+    """Whether ``module`` can take a gate as it is: a gated layer, or a subclass of a torch layer, by a hook.
+
+    Such a subclass needs a name of its own for something else than ``gate``; transformers' ``Conv1D`` counts as one.
+
+    >>> class Doubled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> scorable(Doubled(4, 2)), scorable(nn.Linear(4, 2)), scorable(Linear(4, 2))
+    (True, False, True)
+    """
+    return isinstance(module, Gated) or (type(module) not in GATED and _by_hook(module))
+
+
+def _by_hook(module: nn.Module) -> bool:
+    known = isinstance(module, (*_BY_OUTPUT, *transposed_linear()))
+    return known and isinstance(getattr(module, "gate", None), (Gate, type(None)))
 
 
 def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
-    """Make every convolution, linear and batch-normalisation layer of ``model`` able to carry a gate, in place.
+    """Make every convolution, linear layer, normalisation, embedding and attention of ``model`` able to carry a gate.
 
-    Modules keep their identity, names, parameters, buffers and hooks, so state_dicts fit both ways; until a
+    In place: modules keep their identity, names, parameters, buffers and hooks, so state_dicts fit both ways; until a
     ``Scores`` attaches gates they compute what they computed before, bit for bit. Subclasses of torch's layers are
-    left alone, for their forward may differ. Returns ``model``.
+    left alone, for their forward may differ; a ``Scores`` gates them by a hook. Returns ``model``.
 
     With ``fuse`` every batch normalisation that an activation follows (ReLU, ReLU6, LeakyReLU, SiLU, Hardswish), with
     or without an addition in between (before ReLU, ReLU6 and LeakyReLU), runs as one operation with it where gradients
@@ -175,9 +222,16 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     converted = any(isinstance(module, Gated) for module in model.modules())
     if not found and converted and not fuse:
         raise ValueError("convert: this model is converted already; call revert(model) first to start again")
+    if not found and not converted and any(scorable(module) for module in model.modules()):
+        raise ValueError(
+            f"convert: {type(model).__name__} holds subclasses of torch's layers only; they are scored as they are, "
+            "without convert"
+        )
     if not found and not converted:
         known = ", ".join(cls.__name__ for cls in GATED)
-        raise ValueError(f"convert: {type(model).__name__} holds no layer that can carry a gate ({known})")
+        raise ValueError(
+            f"convert: {type(model).__name__} holds no layer that can carry a gate; those of torch that can are {known}"
+        )
     for module in found:
         module.__class__ = GATED[type(module)]
     if fuse:
@@ -188,19 +242,23 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Turn the layers of a converted ``model`` back into torch's own, in place, gates and fusion gone.
 
-    Returns ``model``.
+    An attention that was cut stays ``tk.MultiheadAttention``: torch's class can't express fewer heads than its width
+    has room for. Returns ``model``.
 
-    Raises ValueError where no layer is converted.
+    Raises ValueError where there is no converted layer to turn back.
 
     >>> type(revert(convert(nn.Linear(4, 2)))) is nn.Linear
     True
     """
-    found = [module for module in model.modules() if type(module) in _PARENT]
+    ours = [module for module in model.modules() if type(module) in _PARENT]
+    found = [module for module in ours if not (isinstance(module, MultiheadAttention) and module.is_cut)]
     if not found:
-        raise ValueError(f"revert: {type(model).__name__} holds no converted layer; convert(model) makes them")
+        kept = " but attention that was cut, which torch's class can't express" if ours else ""
+        raise ValueError(f"revert: {type(model).__name__} holds no converted layer{kept}; convert(model) makes them")
     _fusion().unfuse(model)
+    for module in filter(scorable, model.modules()):
+        carry(module, None)
     for module in found:
-        vars(module).pop("gate", None)
         module.__class__ = _PARENT[type(module)]
     return model
 
@@ -210,45 +268,6 @@ def _fusion() -> ModuleType:
     from . import fusion
 
     return fusion
-
-
-class _Recompute:
-    """A layer's output once more, for a backward that finds it overwritten; refuses where its inputs changed too.
-
-    The weights are the ones that this forward ran with, whoever put them there: a swap of the parameters' data, a
-    functional call or a weight normalisation may have given the layer others by then.
-    """
-
-    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-        self.args, self.kwargs = _detached(args), dict(zip(kwargs, _detached(kwargs.values()), strict=True))
-        weights = dict(zip(("weight", "bias"), _detached((layer.weight, layer.bias)), strict=True))
-        self.layer = object.__new__(type(layer))
-        vars(self.layer).update(vars(layer), **weights, _parameters={}, gate=None)
-        self.dtype, self.device = dtype, weights["weight"].device.type
-        read = (*self.args, *self.kwargs.values(), *weights.values(), *_detached(layer.parameters()))
-        self.read = [t for t in read if isinstance(t, Tensor)]
-        self.versions = [t._version for t in self.read]
-
-    def __call__(self) -> Tensor:
-        if [t._version for t in self.read] != self.versions:
-            raise InplaceError(
-                f"the output of a scored {type(self.layer).__name__} was overwritten in place before backward, and so "
-                "was its input or weight, so its score can't be computed; use the out-of-place form of that operation"
-            )
-        narrow = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.no_grad(), torch.autocast(self.device, dtype=self.dtype if narrow else None, enabled=narrow):
-            output: Tensor = self.layer.forward(*self.args, **self.kwargs)
-            return output
-
-
-def _detached(values: Iterable[Any]) -> list[Any]:
-    return [value.detach() if isinstance(value, Tensor) else value for value in values]
-
-
-def _as_ncs(t: Tensor, batched: bool, channel_dim: int) -> Tensor:
-    """A layer's output-shaped tensor as [N, C, *S]; an unbatched one is a batch of one."""
-    t = t if batched else t.unsqueeze(0)
-    return t.movedim(channel_dim, 1)
 
 
 class Promise(Protocol):

@@ -17,7 +17,7 @@ from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .folding import LayersFolding
 from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
-from .layers import Gated
+from .layers import scorable
 from .outputs import OutputShares
 from .state import untouched
 from .statistics import Statistics, gathered
@@ -93,7 +93,7 @@ class Scores:
         gram_rows: int = 4096,
         coupling: Coupling | None = None,
     ) -> None:
-        if not any(isinstance(module, Gated) for module in model.modules()):
+        if not any(scorable(module) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no gated layer; call taylorkern.convert(model) first")
         if layers is not None and example_inputs is not None:
             raise ValueError("layers= goes with example_inputs=None; with an example, the coupling finds the layers")
@@ -527,7 +527,7 @@ def _uneven(arrived: Mapping[str, list[Tensor]]) -> str:
 
 def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:
     """A coupling that couples nothing: every channel of every gated layer is a unit."""
-    gated = {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+    gated = {name: module for name, module in model.named_modules() if scorable(module)}
     names = list(gated) if layers is None else list(layers)
     unknown = [name for name in names if name not in gated]
     if unknown:

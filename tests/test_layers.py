@@ -24,6 +24,8 @@ LAYERS = {
     "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5)),
     "conv1d": (lambda: nn.Conv1d(3, 8, 5), (2, 3, 17)),
     "conv3d": (lambda: nn.Conv3d(2, 5, 3), (2, 2, 5, 4, 6)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 7)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(3, 5, 2, stride=2, output_padding=1), (2, 3, 3, 4, 2)),
     "linear": (lambda: nn.Linear(10, 7), (5, 10)),
     "linear over tokens": (lambda: nn.Linear(10, 7), (3, 6, 10)),
     "linear over a grid": (lambda: nn.Linear(4, 5), (2, 3, 6, 4)),
@@ -254,7 +256,16 @@ def test_with_a_gate_too(name, caller, training, layout):
 
 
 def test_unbatched_inputs_are_a_batch_of_one():
-    for layer, shape in ((nn.Conv2d(3, 6, 3), (3, 5, 5)), (nn.Linear(4, 3), (4,))):
+    unbatched = [
+        (nn.Conv1d(3, 6, 3), (3, 5)),
+        (nn.Conv2d(3, 6, 3), (3, 5, 5)),
+        (nn.Conv3d(3, 6, 3), (3, 5, 5, 4)),
+        (nn.ConvTranspose1d(3, 6, 3), (3, 5)),
+        (nn.ConvTranspose2d(3, 6, 3), (3, 5, 5)),
+        (nn.ConvTranspose3d(3, 6, 3), (3, 5, 5, 4)),
+        (nn.Linear(4, 3), (4,)),
+    ]
+    for layer, shape in unbatched:
         x = normal(shape, 1)
         with torch.no_grad():
             dy = normal(tuple(layer(x).shape), 2)

@@ -1,0 +1,34 @@
+"""A stand-in for Scores, to whom gates deliver: it counts no units, so a layer's s can be looked at by itself."""
+
+from torch import Tensor, nn
+
+from taylorkern.attachment import Attachment
+from taylorkern.layers import scorable
+
+
+class Listener:
+    """Gates in ``layers`` of ``model``, in all that can take one where none are named."""
+
+    curvature_waits = False
+
+    def __init__(self, model: nn.Module, layers: list[str] | None = None, every_element: bool = False) -> None:
+        self.model = model
+        names = [name for name, module in model.named_modules() if scorable(module)] if layers is None else layers
+        self.attachment = Attachment(self, model, names, every_element)
+
+    def fold(self) -> None:
+        """Nothing is folded: what has arrived waits for ``heard``, or for the next forward to add to it."""
+
+    def forget_curvature(self) -> None:
+        """No curvature is kept."""
+
+    def heard(self) -> dict[str, list[Tensor]]:
+        return self.attachment.drain()
+
+    def heard_of(self, layer: str = "") -> Tensor:
+        """The one s [N, C] that ``layer`` has got."""
+        (s,) = self.heard()[layer]
+        return s
+
+    def detach(self) -> None:
+        self.attachment.detach()
