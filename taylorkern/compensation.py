@@ -19,8 +19,8 @@ def adjustable(model: nn.Module, coupling: Coupling) -> Tensor:
     """Which units may have another gate than 1, [U] bool: all of a unit's places have weights to fold it into.
 
     Not so at a batch normalisation without γ and β; where ``weight`` or ``bias`` is no parameter (a parametrisation or
-    a weight norm computes it) or holds no floating-point numbers; in a subclass with a forward of its own; and where
-    two layers share a parameter that the gate would scale for one only.
+    a weight norm computes it) or holds no floating-point numbers; in attention and in a subclass with a forward of its
+    own; and where two layers share a parameter that the gate would scale for one only.
 
     >>> from taylorkern.coupling import couple
     >>> model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU(), nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3, affine=False))
@@ -163,7 +163,7 @@ def _uses(model: nn.Module, coupling: Coupling) -> dict[nn.Parameter, list[_Use]
 
 def _plane(layer: nn.Module, parameter: Tensor, units: Tensor) -> Tensor:
     """The units [C] of ``layer``'s outputs along the dimension of ``parameter`` that makes these outputs."""
-    if parameter.dim() == 1:
+    if parameter.dim() == 1 or isinstance(layer, nn.Embedding):  # [vocabulary, C]
         return units
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [inputs, C / groups, *kernel], group by group
         rows = units.view(layer.groups, -1).repeat_interleave(parameter.shape[0] // layer.groups, 0)

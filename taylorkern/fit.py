@@ -31,6 +31,15 @@ def changes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     ]
 
 
+def fitted(module: nn.Module) -> bool:
+    """Whether the sizes that ``module`` keeps are those of its weights.
+
+    >>> fitted(nn.Linear(4, 3)), fitted(nn.ChannelShuffle(2))
+    (True, False)
+    """
+    return isinstance(module, tuple(_SIZES))
+
+
 def _convolution(layer: Any) -> dict[str, int]:
     """A dense layer's weight holds both widths; a grouped one's holds the width within a group, which never changes."""
     transposed = isinstance(layer, _ConvTransposeNd)
@@ -58,6 +67,7 @@ _SIZES: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
     nn.modules.batchnorm._NormBase: _features,
+    nn.RNNBase: lambda layer: {"input_size": layer.weight_ih_l0.shape[1]},
     nn.PReLU: _width("num_parameters"),
     nn.GroupNorm: _width("num_channels"),
     nn.Embedding: lambda layer: {"num_embeddings": layer.weight.shape[0], "embedding_dim": layer.weight.shape[1]},

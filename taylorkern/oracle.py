@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .channels import channel_dim
 from .coupling import Coupling, couple
-from .coupling.tracer import channel_dim
 from .example import converted, run, tensors
 from .measurements import Measurements, Row
 from .state import untouched

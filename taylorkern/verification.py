@@ -7,7 +7,7 @@ multiplied at the layers' outputs, while the cut one has them in its weights, no
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .attention import understood
 from .blame import stacklevel
+from .channels import channel_dim
 from .coupling import Coupling
-from .coupling.tracer import channel_dim
+from .emission import observed
 from .example import copied, in_float64, repeated, run, tensors
 from .fit import changes
 from .layers import gateable
@@ -89,7 +91,8 @@ def check(
             stacklevel=stacklevel(),
         )
     lost = _Lost(coupling, gone, gates is not None)
-    with _substituted(model, {name: change(new.get(name, tensor), tensor.dtype) for name, tensor in named.items()}):
+    values = {name: change(new.get(name, tensor), tensor.dtype) for name, tensor in named.items()}
+    with _substituted(model, values, coupling.numbers(model, coupling.staying(gone))):
         thin = _Run(dtypes=dense.dtypes)
         try:
             _watch(model, inputs, thin)
@@ -149,22 +152,24 @@ def _observe_own_dtype(model: nn.Module, values: dict[str, Tensor], inputs: Any,
 
 
 @contextmanager
-def _substituted(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Within, the parameters and buffers hold ``values`` and the module attributes fit them."""
+def _substituted(
+    model: nn.Module, values: dict[str, Tensor], numbers: Iterable[tuple[nn.Module, str, int]] = ()
+) -> Iterator[None]:
+    """Within, the parameters and buffers hold ``values``, and the modules' attributes fit them and are ``numbers``."""
     named = named_tensors(model)
     held = {name: tensor.data for name, tensor in named.items()}
     attributes: list[tuple[nn.Module, str, Any]] = []
     try:
         for name, tensor in named.items():
             tensor.data = values[name].detach()
-        for module, attribute, value in changes(model):
+        for module, attribute, value in [*changes(model), *numbers]:
             attributes.append((module, attribute, getattr(module, attribute)))
             setattr(module, attribute, value)
         yield
     finally:
         for name, tensor in named.items():
             tensor.data = held[name]
-        for module, attribute, value in attributes:
+        for module, attribute, value in reversed(attributes):
             setattr(module, attribute, value)
 
 
@@ -176,18 +181,24 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
         stack.append(paths.get(module, ""))
         seen.module = stack[-1]
 
+    def note(module: nn.Module, output: Tensor, dim: int) -> Tensor:
+        if module not in paths:
+            return output
+        output = _multiplied(output, dim, seen.factors.get(paths[module]))
+        seen.steps.append(_Step(paths[module], *_digest(output, dim), seen.operations))
+        seen.operations = []
+        return output
+
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        if module in paths and gateable(module):
-            output = _multiplied(module, output, seen.factors.get(paths[module]))
-            seen.steps.append(_Step(paths[module], *_digest(module, output), seen.operations))
-            seen.operations = []
+        if gateable(module) and isinstance(output, Tensor):
+            output = note(module, output, channel_dim(module, output))
         stack.pop()
         seen.module = stack[-1] if stack else ""
         return output
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with untouched(model), torch.no_grad(), _Operations(seen):
+        with understood(model), untouched(model), torch.no_grad(), observed(note), _Operations(seen):
             model.eval()
             seen.outputs = [t.clone() for t in tensors(run(model, copied(inputs)))]
     finally:
@@ -195,11 +206,11 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
             hook.remove()
 
 
-def _multiplied(module: nn.Module, output: Tensor, factors: Tensor | None) -> Tensor:
+def _multiplied(output: Tensor, dim: int, factors: Tensor | None) -> Tensor:
     if factors is None:
         return output
     shape = [1] * output.dim()
-    shape[channel_dim(module, output)] = len(factors)
+    shape[dim] = len(factors)
     return output * factors.to(output).view(shape)
 
 
@@ -229,8 +240,8 @@ def _floating(value: Any) -> set[torch.dtype]:
     return {t.dtype for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()}
 
 
-def _digest(module: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    rows = output.movedim(channel_dim(module, output), 0).double()
+def _digest(output: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    rows = output.movedim(dim, 0).double()
     rows = rows.reshape(len(rows), -1)  # [C, positions]
     return rows @ torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device).cos(), rows.abs().sum(1)
 

@@ -108,7 +108,7 @@ def test_concatenation_along_positions_ties_channels():
     "halves",
     [
         lambda x: x.chunk(2, 1),
-        lambda x: x.split([3, 3], 1),
+        lambda x: x.split(x.shape[1] // 2, 1),
         lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]),
         lambda x: x.view(x.shape[0], 2, -1, *x.shape[2:]).unbind(1),
     ],
@@ -183,7 +183,7 @@ def test_depthwise_multiplier():
 
 def test_functional_depthwise_leaves_the_gate_before_it():
     def apply(net, x):
-        return net.head(F.conv2d(net.conv(x), net.norm.weight.view(4, 1, 1, 1), groups=4))
+        return net.head(F.conv2d(net.conv(x), net.norm.weight.view(-1, 1, 1, 1), groups=len(net.norm.weight)))
 
     coupling = couple(Net(apply, conv=conv(3, 4), norm=nn.BatchNorm2d(4), head=conv(4, 2)), IMAGE)
     assert places(coupling) == each("conv", 4)
@@ -288,11 +288,19 @@ def test_pixel_shuffle():
     assert axis(coupling, "2.weight", 1) == [0] * 4 + [1] * 4
 
 
+def test_group_normalisation_goes_by_whole_groups():
+    net = nn.Sequential(conv(3, 6), nn.GroupNorm(3, 6), nn.ReLU(), conv(6, 2))
+    coupling = couple(net, IMAGE)
+    assert places(coupling) == [(("1", 2 * g), ("1", 2 * g + 1)) for g in range(3)]
+    assert axis(coupling, "0.weight", 0) == axis(coupling, "1.bias", 0) == axis(coupling, "3.weight", 1)
+    assert {key: units.tolist() for key, units in coupling.attributes.items()} == {("1", "num_groups"): [0, 1, 2]}
+
+
 @pytest.mark.parametrize(
     ("layer", "operation"),
     [
         (nn.Softmax(1), "aten._softmax.default"),
-        (nn.GroupNorm(2, 4), "aten.native_group_norm.default"),
+        (nn.GroupNorm(1, 4), "aten.native_group_norm.default"),
         (nn.LayerNorm((4, 8, 8)), "aten.native_layer_norm.default"),
         (nn.LocalResponseNorm(2), "aten.avg_pool3d.default"),
     ],

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import taylorkern as tk
 from taylorkern.budget import removable
+from taylorkern.channels import channel_dim
 from taylorkern.coupling import Coupling
-from taylorkern.coupling.tracer import channel_dim
 from taylorkern.demo.data import Digits
 
 from .plan import Plan

@@ -24,6 +24,8 @@ def _contract(call: Call, a: Tensor, b: Tensor) -> Strips:
     """[..., n, k] times [..., k, m]: k is summed over, n and m are carried on, what comes before goes together."""
     k, m = a.dim() - 2, a.dim() - 1
     strips_a, strips_b = call.strips(a), call.strips(b)
+    if not any(s.axes for s in (*strips_a, *strips_b)):
+        call.mixed += tuple(s.labels for s in (*strips_a, *strips_b))
     _sum_over(call, (a, b), [s for s in strips_a if s.dim == m], [s for s in strips_b if s.dim == k])
     free = [s for s in strips_a if s.dim == k] + [s for s in strips_b if s.dim == m]
     before = [(t.shape[:-2], [s for s in call.strips(t) if s.dim < k]) for t in (a, b)]
@@ -38,6 +40,8 @@ def _contract(call: Call, a: Tensor, b: Tensor) -> Strips:
 def _sum_over(call: Call, factors: tuple[Tensor, Tensor], a: Strips, b: Strips) -> None:
     """The contracted channels of both factors go together, provided that one factor is a weight that can mask them."""
     weight = [s for s in (*a, *b) if s.axes]
+    for strip in weight:
+        call.evidence.contracted |= strip.axes
     if len(a) != len(b) or not weight:
         given = any(call.carried(t) is None for t in factors)
         call.ledger.freeze([*a, *b], "model input" if given else None)

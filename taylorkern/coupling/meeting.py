@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from .labels import Strip
 from .rules import Call, Rule, Strips, rule, wrapped
 
 # f(0) is not 0, so a gate before it does not take the channel away.
@@ -19,13 +22,21 @@ _SUMS = frozenset(["add", "sub", "rsub"])
 )
 def element_wise(call: Call) -> list[Strips]:
     shape = call.outputs[0].shape if call.outputs else ()
-    met = call.meet([(t.shape, call.strips(t)) for t in call.tensors()], shape)
+    met = call.meet([(_varying(t, call), call.strips(t)) for t in call.tensors()], shape)
     name = call.func._schema.name.removeprefix("aten::")
     if name in _PRODUCTS:
         call.makers = _product(call)
     if name.removesuffix("_") in _MAKES_SOMETHING_OF_ZERO or _shifts(call, name.removesuffix("_")):
         call.makers = dict.fromkeys(call.makers, False)
+        call.lose_mixed()
     return [met] * len(call.outputs)
+
+
+def _varying(t: Tensor, call: Call) -> Sequence[int]:
+    """The shape of ``t``, with 1 for a dimension that it was only expanded along: there it fits whatever stays."""
+    if call.carried(t) or 0 not in t.stride():
+        return t.shape
+    return [1 if step == 0 else size for size, step in zip(t.shape, t.stride(), strict=True)]
 
 
 def _shifts(call: Call, name: str) -> bool:
@@ -82,6 +93,7 @@ def _reduced(call: Call, rank: int) -> list[int]:
 def along_a_dim(call: Call) -> list[Strips]:
     """Positions along ``dim`` depend on one another."""
     x = call["self"]
+    call.lose_mixed()
     return [call.freeze_along(call.strips(x), [wrapped(call["dim"], x.dim())])] * len(call.outputs)
 
 
@@ -97,6 +109,52 @@ def batch_norm(call: Call) -> list[Strips]:
     columns = [((*t.shape, *[1] * (x.dim() - 2)), call.strips(t)) for t in beside]
     call.makers = {}
     return [call.meet([(x.shape, carried), *columns], x.shape)]
+
+
+@rule("native_group_norm")
+def group_norm(call: Call) -> list[Strips]:
+    """Statistics are of groups of channels, so groups stay whole; the number of groups follows."""
+    x, shape, groups = call["input"], call.outputs[0].shape, call["group"]
+    carried = call.keep_unless(call.strips(x), range(2, x.dim()))
+    channels = call.single(carried, 1)
+    beside = [
+        ((*t.shape, *[1] * (x.dim() - 2)), call.strips(t)) for t in (call["weight"], call["bias"]) if t is not None
+    ]
+    call.makers = {}
+    if channels is not None and groups == 1:
+        call.freeze([channels])
+    elif channels is not None:
+        call.count("group", call.ledger.tie(channels.labels.view(groups, -1).t()))
+    return [call.meet([(x.shape, carried), *beside], shape)]
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+def attention(call: Call) -> list[Strips]:
+    """Query, key and value [N, H, T, E]: heads go together; what is attended by can't be cut, what is carried can."""
+    query, key, value, shape = call["query"], call["key"], call["value"], call.outputs[0].shape
+    before = [
+        ((*shape[:2], 1, 1), [_repeated(s, shape) for s in call.strips(t) if s.dim < 2]) for t in (query, key, value)
+    ]
+    bias = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
+    if bias is not None:
+        before.append(((*bias.shape[:-2], 1, 1), [s for s in call.strips(bias) if s.dim < bias.dim() - 2]))
+        call.freeze(s for s in call.strips(bias) if s.dim >= bias.dim() - 2)
+    call.evidence.inner += [s.labels for t in (query, key) for s in call.strips(t)]
+    call.freeze(s for t in (query, key) for s in call.strips(t) if s.dim >= 2)
+    call.freeze(s for s in call.strips(value) if s.dim == 2)
+    call.consume()
+    heads = call.meet(before, (*shape[:2], 1, 1))
+    return [heads + [s for s in call.strips(value) if s.dim == 3], heads]  # and a number for each query
+
+
+def _repeated(strip: Strip, shape: Sequence[int]) -> Strip:
+    """Heads of keys and values serve several heads of queries each, where there are fewer."""
+    return strip.relabelled(strip.labels.repeat_interleave(shape[strip.dim] // len(strip.labels)))
 
 
 @rule("native_layer_norm", "_fused_rms_norm")

@@ -1,13 +1,12 @@
 """Rules for operations that move elements without changing them: executed on the labels themselves."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .labels import Strip
+from .labels import Plane, Strip
 from .rules import Call, Strips, not_understood, rule, wrapped
 
 
@@ -17,12 +16,23 @@ def reshape(call: Call) -> list[Strips]:
         return not_understood(call)  # nothing tells which dimensions correspond
     asked = call.arguments.get("size") or ()
     flexible = list(asked).index(-1) if -1 in asked else None
+    blocks = _blocks(call.shape, call.outputs[0].shape)
+    renamed = _renamed(blocks, call.shape, call.outputs[0].shape)
     new: Strips = []
-    for olds, news in _blocks(call.shape, call.outputs[0].shape):
-        for strip in call.strips(call["self"]):
-            if strip.dim in olds:
-                new += _regroup(call, strip, [call.shape[d] for d in olds], strip.dim - olds[0], news, flexible)
+    for strip in call.laid(call["self"]):
+        if strip.plane and renamed.keys() >= set(strip.plane.dims):
+            new.append(strip.moved(renamed.__getitem__))
+            continue
+        olds, news = next(block for block in blocks if strip.dim in block[0])
+        line = call.strip_of(strip)
+        new += _regroup(call, line, [call.shape[d] for d in olds], strip.dim - olds[0], news, flexible)
     return [new]
+
+
+def _renamed(blocks: list[tuple[range, range]], before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
+    """Old dimension → new one, of those that stay as they are but for others of size 1."""
+    pairs = [([d for d in olds if before[d] > 1], [d for d in news if after[d] > 1]) for olds, news in blocks]
+    return {olds[0]: news[0] for olds, news in pairs if len(olds) == len(news) == 1}
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
@@ -54,12 +64,23 @@ def _regroup(call: Call, strip: Strip, sizes: list[int], position: int, news: ra
     varying = [d for d in news if shape[d] > 1 and not _constant(block, d - news[0])]
     if not varying:
         varying = [d for d in news if shape[d] > 1][-1:]
-    # Code that splits a dimension fixes the number of parts and computes their length, unless it says otherwise.
-    stays = flexible if flexible in varying else varying[-1]
-    rows = block.movedim(stays - news[0], -1).reshape(-1, shape[stays])
+    at = tuple(d - news[0] for d in varying)
+    plane = Plane(tuple(varying), block[tuple(slice(None) if d in at else 0 for d in range(block.dim()))])
     if len(varying) == 1:
-        return [strip.relabelled(rows[0], stays)]
-    return [strip.relabelled(call.ledger.tie(rows), stays)]
+        return [strip.relabelled(plane.labels, varying[0])]
+    stays = call.choose(_options(varying, shape, flexible, call.owned), plane)
+    return [Strip(stays, plane.line(stays), strip.axes, plane)]
+
+
+def _options(varying: list[int], shape: Sequence[int], flexible: int | None, owned: frozenset[int]) -> list[int]:
+    """Which two of the new dimensions may become shorter, the likelier first.
+
+    Heads go as a whole, where the module counts them in an attribute, which can follow. Other code that splits a
+    dimension fixes the number of parts and computes their length, unless it says otherwise by a -1.
+    """
+    kept = [d for d in reversed(varying) if shape[d] in owned]
+    said = [flexible] if flexible in varying else []
+    return list(dict.fromkeys([*kept, *said, *reversed(varying)]))[:2]
 
 
 def _constant(block: Tensor, dim: int) -> bool:
@@ -69,7 +90,7 @@ def _constant(block: Tensor, dim: int) -> bool:
 @rule("permute", "transpose", "t")
 def permute(call: Call) -> list[Strips]:
     order = _order(call, call["self"].dim())
-    return [[s.at(order.index(s.dim)) for s in call.strips(call["self"])]]
+    return [[s.moved(order.index) for s in call.laid(call["self"])]]
 
 
 def _order(call: Call, rank: int) -> list[int]:
@@ -93,8 +114,8 @@ def as_strided(call: Call) -> list[Strips]:
 
 @rule("expand")
 def expand(call: Call) -> list[Strips]:
-    before, after = call["self"], call.outputs[0]
-    return [[s.at(s.dim + after.dim() - before.dim()) for s in call.strips(before)]]
+    more = call.outputs[0].dim() - call["self"].dim()
+    return [[s.moved(lambda d: d + more) for s in call.laid(call["self"])]]
 
 
 @rule("repeat")
@@ -110,7 +131,23 @@ def slice_(call: Call) -> list[Strips]:
     dim = wrapped(call["dim"], x.dim())
     start, _, step = slice(call["start"], call["end"], call["step"]).indices(x.shape[dim])
     length = call.outputs[0].shape[dim]
-    return [_replace(call.strips(x), dim, lambda s: _part(call, s, start, length, step))]
+    return [_taken(call, x, dim, start, length, step)]
+
+
+def _taken(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -> Strips:
+    """The labels of a slice along ``dim``, of a plane's other dimensions those that are in it."""
+    if length == x.shape[dim] and step == 1:
+        return call.laid(x)
+    new: Strips = []
+    for strip in call.laid(x):
+        if strip.plane and dim in strip.plane.dims and dim != strip.dim:
+            at = strip.plane.dims.index(dim)
+            labels = strip.plane.labels.movedim(at, 0)[start : start + length * step : step].movedim(0, at)
+            new.append(strip.on(Plane(strip.plane.dims, labels)))
+        else:
+            line = call.strip_of(strip) if strip.dim == dim else strip
+            new += _replace([line], dim, lambda s: _part(call, s, start, length, step))
+    return new
 
 
 def _replace(strips: Strips, dim: int, change: Callable[[Strip], Strips]) -> Strips:
@@ -121,8 +158,6 @@ def _part(call: Call, strip: Strip, start: int, length: int, step: int) -> Strip
     """A slice of labelled channels. Equal parts are tied index by index; of any other slice the channels freeze."""
     labels = strip.labels
     size = len(labels)
-    if length == size and step == 1:
-        return [strip]
     block = step == 1 and length > 1 and size % length == 0 and start % length == 0
     stripes = step > 1 and size % step == 0 and length == size // step and length > 1
     if block:
@@ -140,9 +175,8 @@ def split(call: Call) -> list[Strips]:
     dim = wrapped(call["dim"], x.dim())
     start, parts = 0, []
     for part in call.outputs:
-        length = part.shape[dim]
-        parts.append(_replace(call.strips(x), dim, partial(_part, call, start=start, length=length, step=1)))
-        start += length
+        parts.append(_taken(call, x, dim, start, part.shape[dim]))
+        start += part.shape[dim]
     return parts
 
 
@@ -150,8 +184,17 @@ def split(call: Call) -> list[Strips]:
 def select(call: Call) -> list[Strips]:
     x = call["self"]
     dim = wrapped(call["dim"], x.dim())
-    kept = call.keep_unless(call.strips(x), [dim])
-    return [[s.at(s.dim - (s.dim > dim)) for s in kept]] * len(call.outputs)
+    kept = call.keep_unless(call.laid(x), [dim])
+    first = call.arguments.get("index", 0) % x.shape[dim]
+    return [[_at_index(s, dim, first + i) for s in kept] for i in range(len(call.outputs))]
+
+
+def _at_index(strip: Strip, dim: int, index: int) -> Strip:
+    """What is left of ``strip`` where another dimension ``dim`` goes, of which ``index`` is taken."""
+    if strip.plane and dim in strip.plane.dims:
+        dims = tuple(d for d in strip.plane.dims if d != dim)
+        strip = strip.on(Plane(dims, strip.plane.labels.select(strip.plane.dims.index(dim), index)))
+    return strip.moved(lambda d: d - (d > dim))
 
 
 @rule("cat")
@@ -280,4 +323,4 @@ def im2col(call: Call) -> list[Strips]:
 def glu(call: Call) -> list[Strips]:
     x = call["self"]
     dim = wrapped(call["dim"], x.dim())
-    return [_replace(call.strips(x), dim, lambda s: _part(call, s, 0, x.shape[dim] // 2, 1))]
+    return [_taken(call, x, dim, 0, x.shape[dim] // 2)]

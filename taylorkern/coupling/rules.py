@@ -1,6 +1,6 @@
 """One call of an operation as the rules see it, and the table of rules."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .labels import Axis, Ledger, Strip
+from .labels import Axis, Ledger, Plane, Strip
 
 Strips = list[Strip]
 
@@ -22,6 +22,8 @@ class Carried:
     # The gateable layers whose output this is, and whether a zero of theirs is a zero here.
     makers: dict[str, bool] = field(default_factory=dict)
     is_view: bool = False
+    # Labels of the channels of both factors that a product of activations is made of.
+    mixed: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -32,14 +34,35 @@ class Contraction:
     vectors: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Split:
+    """A dimension of labelled channels laid over ``options`` new ones, one of which can become shorter."""
+
+    site: str
+    options: int
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Number:
+    """A size that the code of ``module`` hands to an operation: that of a line of labels."""
+
+    module: str
+    labels: Tensor
+
+
 @dataclass
 class Evidence:
     """What tracing gathers beside the ledger's labels."""
 
-    consumers: set[Axis] = field(default_factory=set)
+    contracted: set[Axis] = field(default_factory=set)
+    consumers: set[Axis] = field(default_factory=set)  # those of them that can mask what is contracted
     filters: set[Axis] = field(default_factory=set)
     frontier: set[str] = field(default_factory=set)
     contractions: list[Contraction] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    numbers: list[Number] = field(default_factory=list)
+    inner: list[Tensor] = field(default_factory=list)  # labels that decide where attention looks, not what it carries
 
 
 @dataclass
@@ -55,15 +78,30 @@ class Call:
     shape: torch.Size  # of the first tensor, before an in-place operation could change it
     stride: tuple[int, ...]  # likewise
     carried: Callable[[Tensor], Carried | None]
+    choices: Mapping[str, int] = field(default_factory=dict)  # site of a split → which of its options is taken
+    owned: frozenset[int] = frozenset()  # sizes that attributes of the running module hold
     makers: dict[str, bool] = field(default_factory=dict)  # of the outputs
+    mixed: tuple[Tensor, ...] = ()  # of the outputs
+    counts: dict[str, Tensor] = field(default_factory=dict)  # argument → labels that it is the number of
     vectors: list[Tensor] = field(default_factory=list)  # flops are proportional to the part kept of each
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
     def strips(self, tensor: Tensor | None) -> Strips:
+        """The labels of ``tensor``, each line by itself: what was laid over several dimensions stays together."""
+        return [self.strip_of(strip) for strip in self.laid(tensor)]
+
+    def laid(self, tensor: Tensor | None) -> Strips:
+        """The labels of ``tensor`` with the planes that they lie in."""
         found = self.carried(tensor) if tensor is not None else None
         return found.strips if found else []
+
+    def strip_of(self, strip: Strip) -> Strip:
+        """``strip`` without its plane."""
+        if strip.plane is not None:
+            self.ledger.twins(strip.plane.rows(strip.dim))
+        return strip.at(strip.dim)
 
     def labelled(self) -> list[Tensor]:
         """The tensor arguments, in order, that carry anything."""
@@ -94,6 +132,34 @@ class Call:
             return None
         return found[0] if found else None
 
+    def choose(self, options: list[int], plane: Plane) -> int:
+        """Which dimension of ``plane`` the channels can go along; all others are tied. With no option left they stay.
+
+        Options are tried one after the other, the same in all that the line of code splits.
+        """
+        site = f"{self.ledger.here.line or self.ledger.here.module}:{len(options)}"
+        turn = self.choices.get(site, 0)
+        stays = options[min(turn, len(options) - 1)]
+        self.evidence.splits.append(Split(site, len(options), plane.labels))
+        self.ledger.force(plane.rows(stays))
+        if turn >= len(options):
+            self.freeze([Strip(stays, plane.line(stays))])
+        return stays
+
+    def count(self, argument: str, labels: Tensor) -> None:
+        """The number given as ``argument`` is that of ``labels``: it must follow them."""
+        self.counts[argument] = labels
+        self.number(labels)
+
+    def number(self, labels: Tensor) -> None:
+        """The running module hands the length of ``labels`` to this operation."""
+        self.evidence.numbers.append(Number(self.ledger.here.module, labels))
+
+    def lose_mixed(self) -> None:
+        """A zero of what goes in is none of what comes out, so products in it only say where to look."""
+        self.evidence.inner += self.mixed
+        self.mixed = ()
+
     def consume(self) -> None:
         """The inputs' channels end here: whoever made them is the last place to put a gate."""
         self.evidence.frontier.update(self.makers)
@@ -113,7 +179,8 @@ class Call:
         first = max(lines, key=len, default=[])
         if any(len(line) != len(first) for line in lines):
             self.freeze(s for line in lines for s in line)
-            return [s.at(dim) for s in first]
+            # Where they meet what has no labels they stay for good, and so does what is made of both.
+            return [s.at(dim) for s in first] if all(lines) else []
         met = []
         for strips in zip(*lines, strict=True):
             for other in strips[1:]:

@@ -1,44 +1,62 @@
 """Runs a model once and carries labels beside the data."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..channels import channel_dim
+from ..emission import observed
 from ..example import copied, run, tensors
+from ..fit import fitted
 from ..layers import gateable
 from . import contraction, meeting, movement  # noqa: F401  (they fill the table of rules)
 from .labels import Ledger, Place
+from .modules import Running
+from .numbers import countable, heads
 from .rules import Call, Carried, Contraction, Evidence, not_understood, rule_for, signature
+from .script import Step
+from .source import line
 
 
 class Tracer(TorchDispatchMode):
     """Watches a model run, operation by operation; what it learns goes to ``ledger`` and ``evidence``."""
 
-    def __init__(self, model: nn.Module, named: dict[str, Tensor], ledger: Ledger, evidence: Evidence) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        named: dict[str, Tensor],
+        ledger: Ledger,
+        evidence: Evidence,
+        choices: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.ledger, self.evidence = ledger, evidence
+        self.ledger, self.evidence, self.choices = ledger, evidence, choices or {}
+        self.model = model
+        self.script: list[Step] = []
+        self._turns: Counter[Place] = Counter()
+        self.given: list[Tensor] = []  # labels of what the model returns
         self.channels: dict[str, Tensor] = {}  # gateable layer, in order of its first output → labels of its channels
         self.reached: set[str] = set()
         self.counting = True
-        self._paths = {module: path for path, module in model.named_modules()}
+        self._running = Running(model, self._leave)
         self._names = {id(tensor): name for name, tensor in named.items()}
-        self._stack: list[nn.Module] = []
+        self._sizes = {module: frozenset(countable(module).values()) for module in self._running.paths}
+        self._heads = {module: frozenset(heads(module).values()) for module in self._running.paths}
         self._carried = WeakIdKeyDictionary()
         for name, tensor in named.items():
             self._carried[tensor] = Carried(ledger.strips(name, tensor))
 
     def trace(self, model: nn.Module, example_inputs: Any) -> None:
         """Run ``model`` and freeze what it returns: the caller's code relies on its shape."""
-        self._stack = []
-        with torch.no_grad(), self._module_paths(), self:
+        self.script, self._turns = [], Counter()
+        with torch.no_grad(), self._running.followed(), observed(self._emitted), self:
             outputs = list(tensors(run(model, copied(example_inputs))))
         if not outputs:
             raise ValueError(f"{type(model).__name__} returned no tensor on the example inputs")
@@ -46,36 +64,35 @@ class Tracer(TorchDispatchMode):
         for output in outputs:
             if found := self._carried.get(output):
                 self.ledger.freeze(found.strips)
+                self.given += [strip.labels for strip in found.strips]
                 self.evidence.frontier.update(found.makers)
+
+    def channel_of(self, layer: str) -> tuple[str, Tensor]:
+        """``layer`` with the labels of its channels."""
+        return layer, self.channels[layer]
+
+    def made(self) -> Tensor:
+        """The labels of everything that layers make."""
+        filters = [labels for axis, labels in self.ledger.axes().items() if axis in self.evidence.filters]
+        return torch.cat([torch.zeros(1, dtype=torch.int64), *filters, *self.channels.values()])
 
     @property
     def module(self) -> str:
-        return self._paths[self._stack[-1]] if self._stack else ""
+        """The path of the module that runs."""
+        return self._running.path
 
-    @contextmanager
-    def _module_paths(self) -> Iterator[None]:
-        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _leave(self, module: nn.Module, output: Any) -> None:
+        if gateable(module) and isinstance(output, Tensor) and output in self._carried:
+            self._emitted(module, output, channel_dim(module, output))
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if module in self._paths:
-            self._stack.append(module)
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module not in self._paths:
-            return
-        while self._stack.pop() is not module:
-            pass  # calls that ended in an exception which the model handled itself
-        found = self._carried.get(output) if gateable(module) else None
-        line = [s for s in found.strips if s.dim == channel_dim(module, output)] if found else []
-        if found and len(line) == 1:
-            name = self._paths[module]
+    def _emitted(self, module: nn.Module, output: Tensor, dim: int) -> None:
+        """A gate of ``module`` would sit on ``output``."""
+        found = self._carried.get(output)
+        lines = [s.labels for s in found.strips if s.dim == dim] if found else []
+        if found and len(lines) == 1 and module in self._running.paths:
+            name = self._running.paths[module]
             found.makers = {name: True}
-            self.ledger.unite(self.channels.setdefault(name, line[0].labels), line[0].labels)
+            self.ledger.unite(self.channels.setdefault(name, lines[0]), lines[0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule, kwargs = rule_for(func), kwargs or {}
@@ -85,50 +102,67 @@ class Tracer(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.reached.update(self._names[id(t)] for t in inputs if id(t) in self._names)
         layout = (inputs[0].shape, inputs[0].stride()) if inputs else (torch.Size(), ())
+        place = Place(str(func), self.module, line())
+        self._turns[place] += 1
         result = func(*args, **kwargs)
         call = self._call(func, args, kwargs, result, *layout)
+        self.ledger.here = place
         if any(t in self._carried for t in inputs):
             self._follow(rule or not_understood, call)
         self._count(call, args, kwargs, result)
         return result
 
     def _call(self, func: Any, args: Any, kwargs: Any, result: Any, shape: torch.Size, stride: tuple[int, ...]) -> Call:
-        names = signature(func)
+        names, module = signature(func), self._running.module
         return Call(
             func=func,
             arguments={**names, **dict(zip(names, args, strict=False)), **kwargs},
             outputs=[t for t in tree_leaves(result) if isinstance(t, Tensor)],
             ledger=self.ledger,
             evidence=self.evidence,
-            layer=self.module if self._stack and gateable(self._stack[-1]) else None,
+            layer=self.module if module and gateable(module) else None,
             carried=self._carried.get,
             shape=shape,
             stride=stride,
+            choices=self.choices,
+            owned=self._heads[module] if module else frozenset(),
         )
 
     def _follow(self, rule: Any, call: Call) -> None:
-        self.ledger.here = Place(str(call.func), self.module)
         for tensor in call.labelled():
-            for maker, exact in self._carried[tensor].makers.items():
+            found = self._carried[tensor]
+            call.mixed += tuple(labels for labels in found.mixed if not any(labels is known for known in call.mixed))
+            for maker, exact in found.makers.items():
                 call.makers[maker] = exact and call.makers.get(maker, True)
+        inputs = [s.labels for t in call.labelled() for s in self._carried[t].strips]
         views = any(r.alias_info and not r.alias_info.is_write for r in call.func._schema.returns)
         found = rule(call)
         for i, output in enumerate(call.outputs):
             strips = found[i] if i < len(found) else []
-            before = self._carried.get(output)
-            if before and before.is_view:
+            earlier = self._carried.get(output)
+            if earlier and earlier.is_view:
                 # What is written through a view shows up in its base, which can't be told who made it.
-                self.evidence.frontier.update(call.makers.keys() - before.makers.keys())
-            self._carried[output] = Carried(strips, dict(call.makers), views or bool(before and before.is_view))
+                self.evidence.frontier.update(call.makers.keys() - earlier.makers.keys())
+            is_view = views or bool(earlier and earlier.is_view)
+            self._carried[output] = Carried(strips, dict(call.makers), is_view, call.mixed)
+        self._note(call, inputs)
+
+    def _note(self, call: Call, inputs: list[Tensor]) -> None:
+        """Write down what this call is to make of a cut, and which numbers of its module it was given."""
+        module = self._running.module
+        outputs = [self._carried[output].strips for output in call.outputs]
+        lines = [[(strip.dim, strip.labels) for strip in strips] for strips in outputs]
+        shapes = [output.shape for output in call.outputs]
+        place = self.ledger.here
+        self.script.append(
+            Step(place, self._turns[place], type(module), shapes, lines, inputs, dict(call.counts))
+        )  # fmt: skip
+        if module and not fitted(module):
+            for _, labels in (line for of_output in lines for line in of_output):
+                if len(labels) in self._sizes[module]:
+                    call.number(labels)
 
     def _count(self, call: Call, args: Any, kwargs: Any, result: Any) -> None:
         flops = flop_registry.get(call.func.overloadpacket) if self.counting else None
         if flops:
             self.evidence.contractions.append(Contraction(flops(*args, **kwargs, out_val=result), call.vectors))
-
-
-def channel_dim(module: nn.Module, output: Tensor) -> int:
-    """Which dimension of a gateable layer's output holds its channels."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return 1
-    return output.dim() - module.weight.dim() + 1  # type: ignore[operator]

@@ -2,14 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .labels import Axis, Frozen, Place
+from ..channels import BEHIND_BATCH, OVER_LAST, width
+from .labels import Axis, Frozen
+from .numbers import Attribute, bound
+from .report import report
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -50,19 +53,21 @@ class Coupling:
     unreached: tuple[str, ...] = ()  # parameters that no run used
     ungated: tuple[Axis, ...] = ()  # axes that could be cut had they a place for a gate
     trained: bool = False  # whether branches of training mode were seen too
+    attributes: dict[Attribute, Tensor] = field(default_factory=dict)  # that count units → units [value]
+    stuck: int = 0  # sets of channels that go together and can't go
 
     @classmethod
     def alone(cls, layers: dict[str, nn.Module]) -> "Coupling":
         """A coupling that couples nothing: each output channel of each of ``layers`` is a unit. It can't be cut."""
-        widths = {name: _width(layer) for name, layer in layers.items()}
+        widths = {name: width(layer) for name, layer in layers.items()}
         starts = dict(zip(widths, _running_sum(list(widths.values())), strict=True))
         channels = {name: torch.arange(starts[name], starts[name] + width) for name, width in widths.items()}
         weights = {
             (f"{name}.weight", _filter_dim(layer)): channels[name]
             for name, layer in layers.items()
-            if layer.weight is not None and _filters(layer) == widths[name]
+            if _filters(layer) == widths[name]
         }
-        norms = {f"{n}.weight" for n, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+        norms = {f"{n}.weight" for n, layer in layers.items() if isinstance(layer, (*BEHIND_BATCH, *OVER_LAST))}
         return cls(
             units=[Unit(((name, c),)) for name, width in widths.items() for c in range(width)],
             axes=weights,
@@ -90,6 +95,19 @@ class Coupling:
         stays[removed] = False  # index -1 finds the last entry, for what belongs to no unit
         return stays
 
+    @property
+    def free_units(self) -> float:
+        """Units, as a part of all sets of channels that go together, the model's own inputs and outputs left out."""
+        return len(self.units) / max(1, len(self.units) + self.stuck)
+
+    def numbers(self, model: nn.Module, stays: Tensor) -> list[tuple[nn.Module, str, int]]:
+        """The attributes that change where only what ``stays`` (see :meth:`staying`) is left, with their new values."""
+        return [
+            (model.get_submodule(path), name, int(stays[units].sum()))
+            for (path, name), units in self.attributes.items()
+            if not bool(stays[units].all())
+        ]
+
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` has every axis of this coupling, in its size."""
         sizes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -113,36 +131,36 @@ class Coupling:
             layers=layers,
             outputs={name: left(units) for name, units in self.outputs.items()},
             costs=[_cost_left(cost, stays, left) for cost in self.costs],
+            attributes={attribute: left(units) for attribute, units in self.attributes.items()},
             dense=self.dense[kept],
         )
 
-    def report(self) -> str:
-        """What can be cut and what stops the rest, for people."""
-        lines = [
-            f"{len(self.units)} units with {sum(len(u.places) for u in self.units)} gates in {len(self.layers)} layers"
-        ]
-        lines += [
-            f"{f.labels} channels frozen by {Place(f.operation, f.module)}, such as {f.axis[0]} dim {f.axis[1]}"
-            for f in self.frozen
-        ]
-        lines += [f"{name} dim {dim}: no place for a gate" for name, dim in self.ungated]
-        lines += [f"{name} was not used in any run" for name in self.unreached]
-        return "\n".join(lines)
+    def report(self, form: str = "text") -> str:
+        """What can be cut and what stops the rest, by operation and line of the model's code, as "text" or "json".
+
+        Raises ValueError for another form.
+        """
+        return report(self, form)
 
 
-def resolve(tracer: "Tracer", unreached: tuple[str, ...], trained: bool) -> Coupling:
-    """Turn what a trace has found into units, numbered by the first appearance of a place in execution order."""
-    component, frozen = tracer.ledger.components()
+def resolve(tracer: "Tracer", unreached: tuple[str, ...], trained: bool) -> tuple[Coupling, Tensor]:
+    """Turn what a trace has found into units, numbered by the first appearance of a place in execution order.
+
+    Returns them with every label's unit [labels + 1].
+    """
+    found = tracer.ledger.components()
+    component = found.root.masked_fill(found.stuck, 0)
+    channels = tracer.made()
     gated = [name for name in tracer.channels if name in tracer.evidence.frontier]
     number = _by_first_appearance([component[tracer.channels[name]] for name in gated], len(component))
     unit = number[component]  # [labels + 1]
     outputs = {name: unit[labels] for name, labels in tracer.channels.items()}
-    layers = {name: outputs[name] for name in gated if bool((outputs[name] >= 0).any())}
+    layers = _gates(tracer, gated, unit)
     axes = tracer.ledger.per_axis(unit)
     homeless = tracer.ledger.per_axis((component > 0) & (unit < 0))
     live = {axis for axis, units in axes.items() if bool((units >= 0).any())}
     count = int(number.max()) + 1
-    return Coupling(
+    coupling = Coupling(
         units=_units(layers, count),
         axes=axes,
         consumers=tracer.evidence.consumers & live,
@@ -150,12 +168,44 @@ def resolve(tracer: "Tracer", unreached: tuple[str, ...], trained: bool) -> Coup
         layers=layers,
         outputs=outputs,
         costs=[Cost(c.flops, tuple(unit[labels] for labels in c.vectors)) for c in tracer.evidence.contractions],
-        frozen=frozen,
+        frozen=found.named(torch.cat([channels, *_contracted(tracer)])),
         dense=torch.arange(count),
         unreached=unreached,
         ungated=tuple(a for a, found in homeless.items() if bool(found.any()) and a[0] not in unreached),
         trained=trained,
+        attributes=bound(tracer.model, tracer.evidence.numbers, unit),
+        stuck=_stuck(tracer, found.loose, channels[(found.stuck | (unit < 0))[channels]]),
     )
+    return coupling, unit
+
+
+def _gates(tracer: "Tracer", gated: list[str], unit: Tensor) -> dict[str, Tensor]:
+    """Layer → units of its channels that carry a gate: not those which only decide where attention looks.
+
+    A unit that has no other channels keeps them all.
+    """
+    inner = tracer.ledger.alike(torch.cat([torch.zeros(0, dtype=torch.int64), *tracer.evidence.inner]))
+    outer = {name: unit[labels].masked_fill(inner[labels], -1) for name, labels in map(tracer.channel_of, gated)}
+    reached = torch.zeros(int(unit.max()) + 2, dtype=torch.bool)
+    for units in outer.values():
+        reached[units] = True
+    found = {
+        name: torch.where(reached[unit[labels]], outer[name], unit[labels])
+        for name, labels in map(tracer.channel_of, gated)
+    }
+    return {name: units for name, units in found.items() if bool((units >= 0).any())}
+
+
+def _contracted(tracer: "Tracer") -> list[Tensor]:
+    """The labels along which weights are summed over."""
+    return [labels for axis, labels in tracer.ledger.axes().items() if axis in tracer.evidence.contracted]
+
+
+def _stuck(tracer: "Tracer", loose: Tensor, staying: Tensor) -> int:
+    """How many sets the labels ``staying`` are of, without those of what the model returns."""
+    found = loose[staying[staying > 0]].unique()
+    given = loose[torch.cat([torch.zeros(1, dtype=torch.int64), *tracer.given])].unique()
+    return int((~torch.isin(found, given)).sum())
 
 
 def _by_first_appearance(components: list[Tensor], count: int) -> Tensor:
@@ -186,20 +236,13 @@ def _cost_left(cost: Cost, stays: Tensor, left: Callable[[Tensor], Tensor]) -> C
 
 
 def _filter_dim(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+    return 1 if isinstance(layer, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) else 0
 
 
 def _filters(layer: nn.Module) -> int:
     """Size of the weight's dimension of output channels: in a transposed convolution in groups, those of one group."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight.shape[_filter_dim(layer)]
-
-
-def _width(layer: nn.Module) -> int:
-    for attribute in ("out_channels", "out_features", "num_features"):
-        if hasattr(layer, attribute):
-            return getattr(layer, attribute)
-    raise ValueError(f"{type(layer).__name__} has no known number of output channels")
+    weight = getattr(layer, "weight", None)
+    return weight.shape[_filter_dim(layer)] if isinstance(weight, Tensor) and weight.dim() else 0
 
 
 def _running_sum(sizes: list[int]) -> list[int]:
