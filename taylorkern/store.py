@@ -1,50 +1,48 @@
 """Save and load pruned networks: safetensors files whose metadata carry a JSON plan. Nothing is unpickled.
 
-The plan states what the file must contain: format, names, shapes, dtypes, a SHA-256 per tensor, and which
-names are one tensor (tied weights). Loading compares all of it with the file and with the model first, and
-only then touches the model.
+The plan states what the file must contain: format, names, shapes, dtypes, a SHA-256 per tensor, which names are one
+tensor (tied weights), and the attributes by which modules count channels and heads. Loading compares all of it with
+the file and with the model first, and only then touches the model.
 """
 
-import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 
-from ._version import __version__
+from . import container, naming, plan
+from .container import StoreError, shown
 from .files import replace
-from .layers import Gated
+from .masks import mask_of
+from .reshaping import Reshaping, reshaping
 from .state import replace_data
-from .surgery import fit_attributes
+from .widths import widths
 
-FORMAT = 1
-PLAN = "taylorkern.plan"
-DIGEST = "taylorkern.plan.sha256"
+__all__ = ["StoreError", "load", "save"]
+
 LISTED = 5  # names spelled out in one error message
-DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
-
-class StoreError(RuntimeError):
-    """A file can't be written, or can't be what the model needs. The model is as it was before the call."""
+HEADER = 2**18  # bytes that a header may have beside those that the model's names account for
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all parameters and buffers of ``model``, also the non-persistent ones (a cut shrinks them).
 
+    The file holds the plain network, whether ``model`` is converted, fused, scored or masked (a mask is the zeros in
+    its weights), compiled or wrapped in ``DataParallel`` or ``DistributedDataParallel``: names are those of the model
+    inside. Beside the tensors it holds the modules' counts of channels and heads (``num_heads``, ``groups`` ...).
+
     The file is complete or absent: it is written beside ``path`` and then renamed, so an older file survives
     a failure. Weights in channels_last are stored contiguous; ``load`` gives them the model's own layout.
 
     Raises StoreError where the target can't be written, or the model holds what a safetensors file can't
-    carry: extra state, uninitialised, meta, sparse, quantised or distributed tensors.
+    carry: extra state, uninitialised, meta, sparse, quantised or distributed tensors; also at a ScriptModule and at an
+    ``AveragedModel``, whose ``.module`` can be saved.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -52,87 +50,96 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(Path(folder) / "small.safetensors", nn.Linear(8, 3))
     Linear(in_features=4, out_features=3, bias=True)
     """
-    tensors = _tensors(model)
+    named = naming.modules(model)
+    tensors = naming.tensors(named)
     tied = _tied(tensors)
     stored = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
         if tied[name] == name
     }
-    plan = json.dumps(
-        {
-            "format": FORMAT,
-            "taylorkern": __version__,
-            "tensors": {name: _describe(tensor) for name, tensor in stored.items()},
-            "tied": {name: first for name, first in tied.items() if name != first},
-        }
-    )
-    content = safetensors.torch.save(stored, {PLAN: plan, DIGEST: hashlib.sha256(plan.encode()).hexdigest()})
+    metadata = plan.Plan(
+        {name: plan.Entry(tensor.dtype, tuple(tensor.shape), _digest(tensor)) for name, tensor in stored.items()},
+        {name: first for name, first in tied.items() if name != first},
+        {name: counts for name, module in named.items() if (counts := widths(module))},
+    ).metadata()
     try:
-        replace(path, content)
+        replace(path, safetensors.torch.save(stored, metadata))
     except OSError as error:
         where = os.path.realpath(path)
         raise StoreError(f"can't write {where}: {error}; give a path in a writable folder with room") from error
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Put a saved network into ``model``, built as the dense one was (converted or not); return ``model``.
 
     Parameters keep their identity, ``requires_grad``, device, dtype and memory format; gradients are dropped.
-    Modules' attributes (``out_channels``, ``groups`` ...) follow the new shapes. Make optimisers and scores
-    afterwards.
+    Modules' attributes (``out_channels``, ``groups``, ``num_heads`` ...) follow, and attention that was left with
+    fewer heads runs as ``taylorkern.MultiheadAttention``. ``model`` may be compiled, or wrapped in ``DataParallel``;
+    in ``DistributedDataParallel`` only where no shape changes. Make optimisers and scores afterwards.
 
-    Raises StoreError, with the model bitwise unchanged, where the file is missing, truncated, altered, not
-    written by ``save``, of a newer format, or does not fit the model: other names, other ties, a dimension
-    larger than the model's or changed in a way no cut makes, a dtype that the model's would round.
+    Raises StoreError, with the model bitwise unchanged, where the file is missing, no regular file, truncated,
+    altered, not written by ``save``, of a newer format, or does not fit the model: other names, other ties, a
+    dimension or an attribute larger than the model's or changed in a way no cut makes, attributes that contradict
+    the shapes, a dtype that the model's would round. Beside a
+    header of bounded length no more is read or allocated than the model's own size. Whether the layers' widths fit one
+    another is not known before the network runs.
     """
-    own = _tensors(model)
-    saved = _read(Path(path), own)
-    fitted = {name: _like(tensor, own[name]) for name, tensor in saved.items()}
-    replacements = {name: fitted[first] for name, first in _tied(own).items()}
-    for name, module in model.named_modules():
-        direct = (*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False))
-        shapes = {full.rpartition(".")[2]: (tensor.shape, replacements[full].shape) for full, tensor in direct}
-        _check_layer(Path(path), name, module, shapes)
-    _swap(model, own, replacements)
+    where = Path(path)
+    if not os.fspath(path):
+        raise StoreError("can't read a file without a name; give the path that was given to taylorkern.save")
+    named = naming.modules(model)
+    own = naming.tensors(named)
+    with container.opened(where, _longest_header([*named, *own])) as file:
+        saved = plan.read(where, file.metadata)
+        _check_names(where, saved, own)
+        if file.entries.keys() != saved.tensors.keys():
+            raise StoreError(f"{where} does not hold the tensors of its own plan: it was altered; save it again")
+        for name, entry in saved.tensors.items():
+            _check_fit(where, name, entry, own[name])
+        entries = {name: saved.tensors[saved.tied.get(name, name)] for name in own}
+        _check_unbound(where, model, own, entries)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        reshaped = reshaping(where, named, shapes, saved.attributes)
+        read = {name: _read(file, name, entry, own[name]) for name, entry in saved.tensors.items()}
+    _swap(own, {name: read[saved.tied.get(name, name)] for name in own}, reshaped)
     return model
 
 
-def _swap(model: nn.Module, own: dict[str, Tensor], replacements: dict[str, Tensor]) -> None:
-    """All tensors at once, or none."""
-    before = {name: (tensor.data, tensor.grad) for name, tensor in own.items()}
-    try:
-        for name, tensor in own.items():
-            replace_data(tensor, replacements[name])
-        fit_attributes(model)
-    except BaseException:
+def _longest_header(names: list[str]) -> int:
+    """More than the header of any file of this model has, in bytes: per name, the entries of a tensor or a module."""
+    return HEADER + sum(4096 + 32 * len(name) for name in names)
+
+
+def _read(file: container.Container, name: str, entry: plan.Entry, own: Tensor) -> Tensor:
+    """A tensor of the file, for the place of ``own``."""
+    tensor = file.read(name, entry.dtype, entry.shape)
+    if _digest(tensor) != entry.sha256:
+        raise StoreError(f"{file.path}: tensor {name} is not what was saved (checksum); get the file again")
+    return _like(tensor, own)
+
+
+def _swap(own: dict[str, Tensor], replacements: dict[str, Tensor], reshaped: Reshaping) -> None:
+    """All tensors, attributes and classes at once, or none."""
+    before = {name: (tensor.data, tensor.grad if tensor.is_leaf else None) for name, tensor in own.items()}
+    with ExitStack() as undo:
         for name, (data, grad) in before.items():
-            replace_data(own[name], data, grad)
-        fit_attributes(model)
-        raise
+            undo.callback(_assign, own[name], data, grad)
+        reshaped.perform(undo)
+        for name, tensor in own.items():
+            _assign(tensor, replacements[name])
+        undo.pop_all()
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names, tied ones under all."""
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise StoreError(
-                f"{name or 'the model'} ({type(module).__name__}) keeps extra state that is not a tensor; "
-                "a safetensors file can't carry it: register it as a buffer, or save it apart"
-            )
-    tensors: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    for name, tensor in tensors.items():
-        uninitialised = isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
-        plain = type(tensor.data) is Tensor and tensor.layout == torch.strided
-        if uninitialised or not plain or tensor.is_meta or tensor.is_quantized:
-            raise StoreError(
-                f"{name} is a {type(tensor).__name__} on {tensor.device} with layout {tensor.layout}; only "
-                "plain, dense, initialised tensors are saved and loaded: run or materialise the model first"
-            )
-    return tensors
+def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
+    """``data`` of the same shape is put in directly: what DistributedDataParallel hangs on the parameter stays."""
+    if data.shape != tensor.shape:
+        replace_data(tensor, data, grad)
+        return
+    if tensor.is_leaf:
+        tensor.grad = grad
+    tensor.data = data
 
 
 def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -146,97 +153,54 @@ def _tied(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: first.setdefault(place(tensor), name) for name, tensor in tensors.items()}
 
 
-def _describe(tensor: Tensor) -> dict[str, Any]:
-    return {
-        "dtype": str(tensor.dtype),
-        "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest(),
-    }
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(container.raw(tensor).numpy().data).hexdigest()
 
 
-def _read(path: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors, copied out of it, after everything the file says was checked."""
-    with _opened(path) as file:
-        plan = _plan(path, file.metadata() or {})
-        described = plan["tensors"]
-        _check_names(path, set(described) | set(plan["tied"]), set(own))
-        _check_ties(path, plan["tied"], {name: first for name, first in _tied(own).items() if name != first})
-        if set(file.keys()) != set(described):
-            raise StoreError(f"{path} does not hold the tensors of its own plan: it was altered; save it again")
-        for name, entry in described.items():
-            _check_fit(path, name, entry, own[name])
-        saved = {}
-        for name, entry in described.items():
-            saved[name] = file.get_tensor(name).clone()
-            if _describe(saved[name]) != entry:
-                raise StoreError(f"{path}: tensor {name} is not what was saved (checksum); get the file again")
-    return saved
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except SafetensorError as error:
+def _check_names(path: Path, saved: plan.Plan, own: dict[str, Tensor]) -> None:
+    """The same names, and the same of them tied together."""
+    names = saved.tensors.keys() | saved.tied.keys()
+    if names != own.keys():
+        differences = {"the model lacks": sorted(names - own.keys()), "the file lacks": sorted(own.keys() - names)}
+        told = "; ".join(f"{what} {_listing(names)}" for what, names in differences.items() if names)
+        raise StoreError(f"{path} holds another network: {told}; build the model as it was built before it was pruned")
+    ties = {name: first for name, first in _tied(own).items() if name != first}
+    if saved.tied != ties:
+        different = sorted(name for name in ties.keys() | saved.tied.keys() if saved.tied.get(name) != ties.get(name))
         raise StoreError(
-            f"{path} is truncated, altered or not a safetensors file ({error}); get or save it again"
-        ) from error
-    except OSError as error:
-        raise StoreError(f"can't read {path}: {error}; check the path and its permissions") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} holds a plan of another form ({error!r}); save it again with taylorkern") from error
-
-
-def _plan(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """The file's plan, once its checksum and its format are known to be good."""
-    if PLAN not in metadata or DIGEST not in metadata:
-        raise StoreError(
-            f"{path} is a safetensors file but holds no taylorkern plan: not written by taylorkern.save; "
-            "load plain weights with load_state_dict"
-        )
-    if hashlib.sha256(metadata[PLAN].encode()).hexdigest() != metadata[DIGEST]:
-        raise StoreError(f"{path}: the plan is not what was saved (checksum); get the file again")
-    plan: dict[str, Any] = json.loads(metadata[PLAN])
-    if plan["format"] != FORMAT:
-        raise StoreError(
-            f"{path} was written by taylorkern {plan['taylorkern']} in format {plan['format']}; "
-            f"taylorkern {__version__} reads format {FORMAT}: use a version that reads both"
-        )
-    return plan
-
-
-def _check_names(path: Path, saved: set[str], own: set[str]) -> None:
-    if saved == own:
-        return
-    differences = {"the model lacks": sorted(saved - own), "the file lacks": sorted(own - saved)}
-    told = "; ".join(f"{what} {_listing(names)}" for what, names in differences.items() if names)
-    raise StoreError(f"{path} holds another network: {told}; build the model as it was built before it was pruned")
-
-
-def _check_ties(path: Path, saved: dict[str, str], own: dict[str, str]) -> None:
-    if saved != own:
-        names = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
-        raise StoreError(
-            f"{path} and the model tie different weights together: {_listing(names)}; "
+            f"{path} and the model tie different weights together: {_listing(different)}; "
             "tie the model's weights as they were when it was saved"
         )
 
 
-def _check_fit(path: Path, name: str, entry: dict[str, Any], own: Tensor) -> None:
-    shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
-    smaller = len(shape) == own.dim() and all(
-        min(1, dense) <= size <= dense for size, dense in zip(shape, own.shape, strict=True)
+def _check_fit(path: Path, name: str, entry: plan.Entry, own: Tensor) -> None:
+    smaller = len(entry.shape) == own.dim() and all(
+        min(1, dense) <= size <= dense for size, dense in zip(entry.shape, own.shape, strict=True)
     )
     if not smaller:
         raise StoreError(
-            f"{path}: {name} has shape {shape}, the model's has {list(own.shape)}; a cut only makes "
-            "dimensions smaller: build the model as it was built before it was pruned"
+            f"{path}: {name} has shape {shown(str(list(entry.shape)))}, the model's has {list(own.shape)}; a cut only "
+            "makes dimensions smaller: build the model as it was built before it was pruned"
         )
-    if dtype != own.dtype and not _holds(own.dtype, dtype):
+    if entry.dtype != own.dtype and not _holds(own.dtype, entry.dtype):
         raise StoreError(
-            f"{path}: {name} is {entry['dtype']}, which the model's {own.dtype} can't hold exactly; "
-            f"convert the model first: model.to({entry['dtype']})"
+            f"{path}: {name} is {entry.dtype}, which the model's {own.dtype} can't hold exactly; "
+            f"convert the model first: model.to({entry.dtype})"
+        )
+
+
+def _check_unbound(path: Path, model: nn.Module, own: dict[str, Tensor], entries: dict[str, plan.Entry]) -> None:
+    """Refuse other shapes where something else goes by the model's."""
+    other = [name for name, tensor in own.items() if tuple(tensor.shape) != entries[name].shape]
+    if other and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise StoreError(
+            f"{path} changes the shape of {_listing(other)}, but DistributedDataParallel has laid out gradients for "
+            "the model's; load into the model first and wrap it afterwards"
+        )
+    if other and any(mask_of(module) is not None for module in model.modules()):
+        raise StoreError(
+            f"{path} changes the shape of {_listing(other)}, but units of the model are masked; build the model anew "
+            "and load into that"
         )
 
 
@@ -246,25 +210,6 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return False
     outer, inner = torch.finfo(wide), torch.finfo(narrow)
     return outer.eps <= inner.eps and outer.max >= inner.max and outer.tiny <= inner.tiny
-
-
-def _check_layer(path: Path, name: str, module: nn.Module, shapes: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse what no cut makes, or a layer's scores could not follow. ``shapes`` holds pairs (own, saved).
-
-    A cut shortens a layer's per-channel vectors alike and leaves its kernel's extent alone.
-    """
-    own, saved = ({key: pair[i] for key, pair in shapes.items()} for i in (0, 1))
-    extents = isinstance(module, _ConvNd) and "weight" in own and own["weight"][2:] != saved["weight"][2:]
-    vectors = isinstance(module, _BatchNorm) and len({shape for shape in saved.values() if len(shape) == 1}) > 1
-    if extents or vectors:
-        told = ", ".join(f"{key} {list(shape)}" for key, shape in saved.items())
-        raise StoreError(f"{path}: no cut leaves {name} ({type(module).__name__}) with {told}; save it again")
-    scored = isinstance(module, Gated) and module.gate is not None and module.gate.owner() is not None
-    if scored and own != saved:
-        raise StoreError(
-            f"{name} is being scored, and {path} changes its shape; load first and make Scores or a Pruner "
-            "afterwards, or call detach() on the Scores"
-        )
 
 
 def _like(saved: Tensor, own: Tensor) -> Tensor:
@@ -278,4 +223,4 @@ def _like(saved: Tensor, own: Tensor) -> Tensor:
 
 def _listing(names: list[str]) -> str:
     more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shown, names[:LISTED])) + (f" and {more} more" if more > 0 else "")
