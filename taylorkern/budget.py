@@ -1,5 +1,6 @@
 """Budgets: what a network costs as a function of the units it keeps, and which units go to meet a target."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,8 +18,10 @@ def _flops(model: nn.Module, coupling: Coupling) -> Iterable[Term]:
 
 def _params(model: nn.Module, coupling: Coupling) -> Iterable[Term]:
     for name, parameter in model.named_parameters():
-        axes = [coupling.axes.get((name, dim)) for dim in range(parameter.dim())]
-        yield parameter.numel(), tuple(axis for axis in axes if axis is not None)
+        axes = {dim: coupling.axes[name, dim] for dim in range(parameter.dim()) if (name, dim) in coupling.axes}
+        # The coupling's sizes, not the model's: where units are masked, these still count them.
+        sizes = (len(axes[dim]) if dim in axes else size for dim, size in enumerate(parameter.shape))
+        yield math.prod(sizes), tuple(axes.values())
 
 
 def _channels(model: nn.Module, coupling: Coupling) -> Iterable[Term]:

@@ -1,4 +1,4 @@
-"""Following: a cut of a model together with everything that looks at it, its optimisers and its Scores."""
+"""Following: a cut or a mask of a model together with all that looks at it: its optimisers, copies and Scores."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from .attachment import attached
 from .blame import stacklevel
-from .coupling import Coupling
+from .coupling import Coupling, couple
+from .masking import mask
+from .masks import mask_of
 from .scores import Scores
 from .surgery import cut
 
@@ -22,6 +24,7 @@ def cut_and_follow(
     example_inputs: Any,
     optimizers: Sequence[Optimizer],
     gates: Tensor | None = None,
+    copies: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Cut, fold in the ``gates`` [U] of the others, and let the Scores attached to the model follow.
 
@@ -39,7 +42,7 @@ def cut_and_follow(
             "and it holds the statistics from before",
             stacklevel=stacklevel(),
         )
-    after = cut(model, coupling, removed, example_inputs, optimizers, gates=gates)
+    after = cut(model, coupling, removed, example_inputs, optimizers, gates=gates, copies=copies)
     stays = torch.ones(len(coupling.units), dtype=torch.bool)
     stays[removed] = False
     kept = stays.nonzero().flatten()
@@ -52,10 +55,34 @@ def cut_and_follow(
     return kept
 
 
+def mask_and_follow(
+    model: nn.Module,
+    coupling: Coupling,
+    masked: Tensor,
+    example_inputs: Any,
+    optimizers: Sequence[Optimizer],
+    gates: Tensor | None = None,
+    copies: Sequence[nn.Module] = (),
+) -> None:
+    """Mask, and fold in the ``gates`` [U] of the others. Attached Scores go on, with the same units.
+
+    With ``gates`` they start anew: what they hold is of gates that have moved.
+    """
+    mask(model, coupling, masked, example_inputs, optimizers, gates=gates, copies=copies)
+    for scores in attached(model) if gates is not None else ():
+        scores.reset()
+
+
 def followed(model: nn.Module) -> Scores | None:
     """An attached Scores that counts this model's units: after cuts it may count a layer's last, which couple won't."""
     found = (scores for scores in attached(model) if scores.model is model)
     return next((scores for scores in found if scores.coupling.consumers and scores.coupling.fits(model)), None)
+
+
+def known_coupling(model: nn.Module, example_inputs: Any) -> Coupling:
+    """The coupling by which units of the model are masked, or else a new one."""
+    mask = mask_of(model)
+    return couple(model, example_inputs) if mask is None else mask.coupling
 
 
 def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

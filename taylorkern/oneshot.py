@@ -1,15 +1,17 @@
 """One cut to a target, by importances that somebody has, or by what the attached Scores say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .coupling import Coupling, Unit, couple
+from .coupling import Coupling, Unit
 from .dense import Dense, check_target, check_whole
-from .following import cut_and_follow, followed, listed
+from .following import followed, known_coupling, listed
+from .living import Judged
+from .modes import Subject, check_mode, remove
 from .recovery import Recovery
 from .selection import Limits, ranked, selection
 from .surgeon import COST_POWER, DAMPING
@@ -29,6 +31,8 @@ def prune(
     damping: float = DAMPING,
     bound: float | None = None,
     cost_power: float = COST_POWER,
+    mode: str = "cut",
+    copies: nn.Module | Iterable[nn.Module] | None = None,
 ) -> list[Unit]:
     """Cut ``model`` once, least important units first, until ``target`` of its ``of`` is left; returns what went.
 
@@ -40,6 +44,11 @@ def prune(
     curvature (``Scores(..., gram="auto")``), or off; ``damping`` and ``bound`` are its own. The surgeon
     divides a predicted increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all.
 
+    ``mode`` "mask" leaves the shape of every tensor alone: the consumers' weights for the units become nought and are
+    held there while training goes on, see ``taylorkern.masking``. Masked units keep their numbers, are not chosen again
+    and count as gone; the next call with mode "cut" takes them away, with ``target=1.0`` them alone. ``copies``, one or
+    several (``torch.optim.swa_utils.AveragedModel``), go through it with the model, see ``taylorkern.surgery.cut``.
+
     A ``Scores`` attached to the model follows the cut (starting anew where gates have moved, for what it holds is of
     others then), or is detached with a warning where its units are others. What
     the cut network computes is compared with the masked dense one, its gates multiplied, on the example inputs in
@@ -47,9 +56,10 @@ def prune(
     numbers in training, is not seen.
 
     Raises ValueError for a target outside (0, 1] or out of reach, importances of the wrong length or NaN, a criterion
-    without a ``Scores`` attached or without its statistics, a ``min_channels`` below 1, a curvature that is singular in
-    spite of the damping; RuntimeError for a ``Scores`` without a single usable minibatch; and SurgeryError where the
-    cut can't be verified. Everything is then as it was.
+    without a ``Scores`` attached or without its statistics, a ``min_channels`` below 1, an unknown ``mode``, copies
+    that are none, a curvature that is singular in spite of the damping; RuntimeError for a ``Scores`` without a single
+    usable minibatch; and SurgeryError where the cut can't be verified or an optimiser can't go on. Everything is then
+    as it was.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     >>> removed = prune(model, torch.rand(1, 1, 4, 4), torch.arange(8.0), target=0.5)
@@ -58,6 +68,7 @@ def prune(
     """
     check_target(target)
     check_whole("min_channels", min_channels)
+    check_mode(mode)
     if (importance is None) == (criterion is None):
         raise ValueError("pass either importance, one number per unit, or criterion, a name; not both and not neither")
     recovery = Recovery.of(criterion, compensate, damping, bound)
@@ -67,20 +78,19 @@ def prune(
             "no Scores with the units of this model is attached to it, to choose or to compensate by: make one with "
             "Scores(model, example_inputs, criteria=[...]), run minibatches with their backwards, then prune"
         )
-    coupling = couple(model, example_inputs) if scores is None else scores.coupling
-    dense = Dense(model, coupling, of)
+    subject = Subject.of(model, example_inputs, listed(optimizer), copies)
+    living = subject.living(known_coupling(model, example_inputs) if scores is None else scores.coupling)
+    dense = Dense(model, living.coupling, of)
     limits = Limits(dense.meter, target * dense.total, min_channels)
+    judged = None if scores is None else Judged(scores, living)
     if criterion is None:
-        removed = ranked(_checked(importance, coupling), coupling, limits)
+        chosen = ranked(_checked(importance, living.whole)[living.units], living.coupling, limits)
     else:
-        assert scores is not None
-        removed = selection(criterion, 0.0, damping, cost_power).choose(scores, limits)
-    dense.check_reachable(coupling, target, min_channels, removed)
-    gone = [coupling.units[i] for i in removed.tolist()]
-    if gone:
-        gates = None if scores is None else recovery.gates(scores, removed)
-        cut_and_follow(model, coupling, removed, example_inputs, listed(optimizer), gates)
-    return gone
+        assert judged is not None
+        chosen = selection(criterion, 0.0, damping, cost_power).choose(judged, limits)
+    dense.check_reachable(living.coupling, target, min_channels, chosen)
+    gates = None if judged is None else recovery.gates(judged, chosen)
+    return remove(mode, subject, living, chosen, gates)
 
 
 def _checked(importance: Any, coupling: Coupling) -> Tensor:

@@ -1,16 +1,19 @@
 """The pruner: scores, a choice by them, cut to a budget, round after round. No tensor mathematics of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from . import budget
-from .coupling import Unit, couple
+from .coupling import Unit
 from .dense import Dense, check_target, check_whole
-from .following import cut_and_follow, listed
+from .following import known_coupling, listed
+from .living import Judged
+from .masks import masked_units
+from .modes import Subject, check_mode, remove
 from .recovery import Recovery
 from .scores import Scores
 from .selection import Limits, selection
@@ -33,11 +36,22 @@ class Pruner:
     increase by the cost saved to the power ``cost_power``: 1 weighs it in full, 0 not at all. ``gram`` and
     ``gram_budget`` are how the curvature is kept, see ``Scores``.
 
-    Raises ValueError for a target outside (0, 1] or one that can't be reached, an unknown ``of`` or criterion, and
-    whatever ``Scores`` refuses.
+    ``mode`` "mask" has rounds mask: no tensor changes its shape, and the network computes and trains as if it had been
+    cut (see ``taylorkern.masking`` for what is not identical). Masked units keep their numbers, here and in ``scores``,
+    are not chosen again and count as gone. :meth:`cut` then takes them away, whenever it is called; a round in mode
+    "cut" does so as well, and :attr:`mode` may be changed between rounds.
+
+    ``copies`` of the model, one or several (averages of its weights: ``torch.optim.swa_utils.AveragedModel``), go
+    through everything with it; see ``taylorkern.surgery.cut`` for what makes a copy, and for the optimisers.
+
+    Of several processes that train one model (``DistributedDataParallel``), each makes a pruner of the model inside and
+    calls ``pruner.scores.all_reduce()`` before a step that ends a round; otherwise each chooses by its own minibatches.
+
+    Raises ValueError for a target outside (0, 1] or one that can't be reached, an unknown ``of``, criterion or mode,
+    copies that are none, and whatever ``Scores`` refuses.
 
     To resume, build the dense model and the pruner as before, then in this order: ``pruner.load_state_dict`` (which
-    repeats the cuts), ``model.load_state_dict``, ``optimizer.load_state_dict``.
+    repeats the cuts and masks), ``model.load_state_dict``, ``optimizer.load_state_dict`` and those of copies.
 
     >>> from taylorkern import convert
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)))
@@ -70,8 +84,11 @@ class Pruner:
         cost_power: float = COST_POWER,
         gram: str = "auto",
         gram_budget: int = 2**31,
+        mode: str = "cut",
+        copies: nn.Module | Iterable[nn.Module] | None = None,
     ) -> None:
         check_target(target)
+        check_mode(mode)
         for name, value in (("every", every), ("step", step), ("min_channels", min_channels)):
             check_whole(name, value)
         if not 0 <= momentum < 1:
@@ -80,16 +97,17 @@ class Pruner:
             raise ValueError("pruning needs example_inputs: without them nobody knows which channels go together")
         self._selection = selection(criterion, momentum, damping, cost_power)
         self._recovery = Recovery.of(criterion, compensate, damping, bound)
-        self.model, self.example_inputs, self.optimizers = model, example_inputs, listed(optimizer)
+        self._subject = Subject.of(model, example_inputs, listed(optimizer), copies)
+        self.model, self.example_inputs, self.optimizers, self.mode = model, example_inputs, listed(optimizer), mode
         self.criterion, self.target, self.of = criterion, target, of
         self.every, self.round_step, self.momentum, self.min_channels = every, step, momentum, min_channels
-        coupling = couple(model, example_inputs)
-        self._dense = Dense(model, coupling, of)
-        self._dense.check_reachable(coupling, target, min_channels)
+        self._living = self._subject.living(known_coupling(model, example_inputs))
+        self._dense = Dense(model, self._living.coupling, of)
+        self._dense.check_reachable(self._living.coupling, target, min_channels)
         wanted = gram if self._recovery.wanted else None
         self.scores = Scores(
             model, example_inputs, criteria=[criterion], seed=seed, gram=wanted, gram_budget=gram_budget,
-            coupling=coupling,
+            coupling=self._living.whole,
         )  # fmt: skip
         self._meter = self._dense.meter
         self._steps = 0
@@ -105,27 +123,42 @@ class Pruner:
         return self._meter.total <= self.target * self._dense.total
 
     def step(self) -> list[Unit]:
-        """Call after every ``optimizer.step()``; returns the units removed now, mostly none.
+        """Call after every ``optimizer.step()``; returns the units cut or masked now, mostly none.
 
-        Places of returned units are channel numbers from before this cut. Raises RuntimeError in a round without a
-        single usable minibatch; with everything as it was, SurgeryError where a cut can't be verified, and ValueError
-        where the curvature is singular in spite of the damping or a folded gate overflows a weight's dtype.
+        Places of returned units are channel numbers from before a cut, and go on to be right where they are masked.
+        Raises RuntimeError in a round without a single usable minibatch; with everything as it was, SurgeryError where
+        a cut can't be verified or an optimiser can't go on, and ValueError where the curvature is singular in spite of
+        the damping or a folded gate overflows a weight's dtype.
         """
+        self._subject.hold()
         if self.done:
             return []
         self._steps += 1
         if self._steps % self.every:
             return []
         limits = Limits(self._meter, self.target * self._dense.total, self.min_channels, self.round_step)
-        removed = self._selection.choose(self.scores, limits)
-        if not len(removed):
+        judged = Judged(self.scores, self._living)
+        chosen = self._selection.choose(judged, limits)
+        if not len(chosen):
             raise RuntimeError(
                 f"target={self.target} of {self.of} can't be reached: {self.kept:.3f} is left and no unit may go any "
                 f"more (min_channels={self.min_channels}, criterion {self.criterion})"
             )
-        units = [self.scores.units[i] for i in removed.tolist()]
-        self._selection.follow(self._cut(removed, self._recovery.gates(self.scores, removed)))
+        units = remove(self.mode, self._subject, self._living, chosen, self._recovery.gates(judged, chosen))
+        self._selection.follow(self._living.without(chosen))
+        self._look_again()
         self.scores.reset()
+        return units
+
+    def cut(self) -> list[Unit]:
+        """Really cut what is masked, verified like any cut; returns these units, none where none was masked.
+
+        Their places are channel numbers from before. Rounds go on afterwards, in either mode. Raises SurgeryError, with
+        everything as it was, where the cut can't be verified or an optimiser can't go on.
+        """
+        self._subject.hold()
+        units = self._subject.cut(self._living.whole, torch.zeros(0, dtype=torch.int64))
+        self._look_again()
         return units
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,13 +166,14 @@ class Pruner:
         return {
             "fingerprint": self._dense.fingerprint,
             "kept": self.scores.coupling.dense.clone(),
+            "masked": self.scores.coupling.dense[masked_units(self.model, self.scores.coupling)],
             "steps": self._steps,
             "smoothed": None if self._selection.smoothed is None else self._selection.smoothed.clone(),
             "scores": self.scores.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`: repeats its cuts on this dense model and optimiser, then restores the rest.
+        """Go on from a :meth:`state_dict`: repeats its cuts and masks on this dense model, then restores the rest.
 
         Raises ValueError, and changes nothing, for a state of another model or where this model is not dense.
         """
@@ -147,16 +181,19 @@ class Pruner:
             raise ValueError("this pruner state belongs to another model or other example inputs")
         self.scores.check_statistics(state["scores"])
         here, kept = self.scores.coupling.dense, state["kept"]
-        gone = torch.tensor([i for i, dense in enumerate(here.tolist()) if dense not in set(kept.tolist())])
-        if not set(kept.tolist()) <= set(here.tolist()):
+        masked = state.get("masked", kept[:0])
+        living = kept[~torch.isin(kept, masked)]
+        if not bool(torch.isin(kept, here).all() and torch.isin(living, here[self._living.units]).all()):
             raise ValueError("this model lacks units that the state still has; build the dense model anew")
-        if len(gone):
-            self._cut(gone.long(), None)
+        self._subject.cut_only(self.scores.coupling, (~torch.isin(here, kept)).nonzero().flatten())
+        coupling = self.scores.coupling
+        self._subject.mask(coupling, torch.isin(coupling.dense, masked).nonzero().flatten())
+        self._look_again()
         self.scores.load_state_dict(state["scores"])
         self._steps = state["steps"]
         self._selection.smoothed = None if state["smoothed"] is None else state["smoothed"].clone()
 
-    def _cut(self, removed: Tensor, gates: Tensor | None) -> Tensor:
-        kept = cut_and_follow(self.model, self.scores.coupling, removed, self.example_inputs, self.optimizers, gates)
-        self._meter = budget.Meter(self.model, self.scores.coupling, self.of)
-        return kept
+    def _look_again(self) -> None:
+        """Units have gone: which are left, and what they cost."""
+        self._living = self._subject.living(self.scores.coupling)
+        self._meter = budget.Meter(self.model, self._living.coupling, self.of)

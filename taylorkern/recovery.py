@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import surgeon
-from .compensation import adjustable
-from .scores import Scores
+from .living import Judged
 from .selection import SURGEON
 
 
@@ -24,12 +23,11 @@ class Recovery:
         surgeon.check(damping, bound)
         return cls(criterion == SURGEON if compensate is None else compensate, damping, bound)
 
-    def gates(self, scores: Scores, removed: Tensor) -> Tensor | None:
-        """z [U] (float64) for a cut of ``removed`` (indices), or None where nothing is to be made up.
+    def gates(self, judged: Judged, removed: Tensor) -> Tensor | None:
+        """z [L] (float64) for the loss of ``removed`` (indices), or None where nothing is to be made up.
 
         Gates that no weight can take up (``compensation.adjustable``) stay at 1.
         """
         if not self.wanted or not len(removed):
             return None
-        fixed = ~adjustable(scores.model, scores.coupling)
-        return 1 + surgeon.shift(scores.gram(), removed, self.damping, self.bound, fixed)
+        return 1 + surgeon.shift(judged.gram(), removed, self.damping, self.bound, ~judged.adjustable())

@@ -8,7 +8,8 @@ from torch import Tensor
 from . import budget, surgeon
 from .coupling import Coupling
 from .criteria import CRITERIA, criterion
-from .scores import FROM_CURVATURE, Scores
+from .living import Judged
+from .scores import FROM_CURVATURE
 from .shrinking import Shrinking
 
 SURGEON = "surgeon"
@@ -25,11 +26,11 @@ class Limits:
 
 
 class Selection(Protocol):
-    """Chooses round after round; ``smoothed`` [U] is what it remembers of the rounds before, if anything."""
+    """Chooses round after round; ``smoothed`` [L] is what it remembers of the rounds before, if anything."""
 
     smoothed: Tensor | None
 
-    def choose(self, scores: Scores, limits: Limits) -> Tensor:
+    def choose(self, judged: Judged, limits: Limits) -> Tensor:
         """Indices of the units that have to go, in that order."""
 
     def follow(self, kept: Tensor) -> None:
@@ -45,12 +46,12 @@ class ByImportance:
         self.smoothed: Tensor | None = None
         self._latest: Tensor | None = None
 
-    def choose(self, scores: Scores, limits: Limits) -> Tensor:
-        importance = scores.importance(self._name).cpu()
+    def choose(self, judged: Judged, limits: Limits) -> Tensor:
+        importance = judged.importance(self._name)
         if self._momentum and self.smoothed is not None:
             importance = self._momentum * self.smoothed + (1 - self._momentum) * importance
         self._latest = importance
-        return ranked(importance, scores.coupling, limits)
+        return ranked(importance, judged.coupling, limits)
 
     def follow(self, kept: Tensor) -> None:
         self.smoothed = None if self._latest is None else self._latest[kept]
@@ -64,9 +65,9 @@ class BySurgeon:
     def __init__(self, damping: float, cost_power: float) -> None:
         self._damping, self._cost_power = damping, cost_power
 
-    def choose(self, scores: Scores, limits: Limits) -> Tensor:
-        remaining = Shrinking(scores.coupling, limits.meter, limits.goal, limits.most, limits.min_channels)
-        return surgeon.choose(scores.gram(), remaining, self._damping, self._cost_power)
+    def choose(self, judged: Judged, limits: Limits) -> Tensor:
+        remaining = Shrinking(judged.coupling, limits.meter, limits.goal, limits.most, limits.min_channels)
+        return surgeon.choose(judged.gram(), remaining, self._damping, self._cost_power)
 
     def follow(self, kept: Tensor) -> None:
         """Every round stands by itself."""

@@ -1,21 +1,25 @@
-"""Cuts units out of a model and its optimisers: all or nothing, checked against the masked dense model."""
+"""Cuts units out of a model, its copies and its optimisers: all or nothing, checked against the masked dense model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .attention import understood
 from .compensation import folded, rounded
+from .copies import counterparts
 from .coupling import Coupling
+from .edits import Edit, perform, replacing
 from .fit import changes, fit_attributes
-from .state import named_tensors, replace_data
+from .masks import follow_cut, masked_units
+from .moments import cut_moments
+from .slices import Indices, sliced
+from .state import named_tensors
 from .verification import SurgeryError, check
 
-__all__ = ["SurgeryError", "cut", "fit_attributes"]
-
-Keep = dict[int, Tensor]  # dim → indices that stay
+__all__ = ["Bodies", "SurgeryError", "cut", "fit_attributes"]
 
 
 @torch.inference_mode(False)  # whose tensors could not be trained
@@ -27,6 +31,7 @@ def cut(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     verify: bool = True,
     gates: Tensor | None = None,
+    copies: nn.Module | Iterable[nn.Module] | None = None,
 ) -> Coupling:
     """Remove the units ``removed`` (indices into ``coupling.units``) from ``model``, in place.
 
@@ -35,14 +40,24 @@ def cut(
     with the dense one in which the consumers' weights for the removed units are zero (see
     ``taylorkern.verification``). Returns the coupling of the cut model, ready for the next cut.
 
+    ``copies`` (one or several; averages of the weights, as ``torch.optim.swa_utils.AveragedModel`` keeps them, wrapped
+    or not) lose the same channels of their own parameters and buffers, identities kept.
+
+    State of an optimiser is cut where it has the parameter's shape, in whatever dtype and layout; single numbers stay.
+    An optimiser that moves every element by its own gradient and state (torch's SGD, Adagrad, Adadelta, Adam and its
+    kin, ASGD, RMSprop, Rprop) goes on exactly as in the masked dense network; one that looks at whole matrices (Muon)
+    goes on with those that are left. LBFGS that has stepped, and state of other shapes (Adafactor's), are refused.
+
     ``gates`` z [U] are folded in with the same stroke, also where nothing is removed: at every place of a kept unit u
     the layer's weight and bias are multiplied by z[u], in float64 and rounded once, so the cut model computes what the
-    dense one does with these gates at its layers' outputs (see ``taylorkern.compensation``). Entries of removed units
-    are ignored. Gradients and the state of ``optimizers`` are cut as ever and not rescaled: they stem from the weights
-    before. Verified are the weights before they are rounded.
+    dense one does with these gates at its layers' outputs (see ``taylorkern.compensation``); in ``copies`` as well.
+    Entries of removed units are ignored. Gradients and the state of ``optimizers`` are cut as ever and not rescaled:
+    they stem from the weights before. Verified are the weights before they are rounded.
 
-    Raises ValueError where the request is wrong and SurgeryError where the cut model would fail or compute something
-    else; nothing has changed then.
+    Units that are masked (``taylorkern.masking``) and stay are masked afterwards, too.
+
+    Raises ValueError where the request is wrong or a copy is none, and SurgeryError where the cut model would fail or
+    compute something else, or an optimiser can't go on; nothing has changed then.
 
     >>> from taylorkern.coupling import couple
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -51,26 +66,98 @@ def cut(
     >>> len(coupling.units), tuple(model[3].weight.shape)
     (2, (2, 8))
     """
-    gone = _checked(removed, coupling)
+    gone = indices(removed, coupling)
+    masked_units(model, coupling)  # or ValueError
     if not len(gone) and gates is None:
         return coupling
-    named, stays = named_tensors(model), coupling.staying(gone)
-    plan = _plan(named, coupling, stays)
-    scaled = {} if gates is None else folded(model, coupling, gone, gates)
-    keeps = {name: plan.get(name, {}) for name in (*plan, *scaled)}
-    new = {name: _new(name, named[name], scaled.get(name), keep) for name, keep in keeps.items()}
-    edits = [_tensor_edit(named[name], new[name], keep) for name, keep in keeps.items()]
-    if plan:
-        cuts = {named[name]: keep for name, keep in plan.items()}
-        edits += [edit for optimizer in optimizers for edit in _state_edits(optimizer, cuts, _names(named))]
-    if verify and keeps:
-        exact = {name: _sliced(values, keeps[name]) for name, values in scaled.items()}
-        check(model, coupling, gone, new | exact, example_inputs, gates)
-    _perform(model, edits)
-    return coupling.keep(stays[:-1].nonzero().flatten()) if len(gone) else coupling
+    bodies = Bodies.of(model, copies, coupling, gone, gates)
+    edits = bodies.cutting()
+    edits += cut_moments(optimizers, bodies.of_model(bodies.plan), bodies.names) if bodies.plan else []
+    with understood(model):
+        if verify and bodies.concerned:
+            bodies.check(example_inputs, gates)
+        perform(edits, bodies.attributes)
+    if not len(gone):
+        return coupling
+    kept = coupling.staying(gone)[:-1].nonzero().flatten()
+    after = coupling.keep(kept)
+    follow_cut(model, after, kept)
+    return after
 
 
-def _checked(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:
+@dataclass(frozen=True)
+class _Body:
+    """A model or a copy of it, and what gates make of its parameters: by name, whole and in float64."""
+
+    module: nn.Module
+    named: dict[str, Tensor]
+    scaled: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """A model and its copies, about to lose the units ``gone``: ``plan`` has what stays of which tensor."""
+
+    coupling: Coupling
+    gone: Tensor
+    plan: dict[str, Indices]
+    bodies: list[_Body]  # the model first
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        copies: nn.Module | Iterable[nn.Module] | None,
+        coupling: Coupling,
+        gone: Tensor,
+        gates: Tensor | None,
+    ) -> "Bodies":
+        """Raises ValueError where the coupling or a copy is another model's, or a width would be nought."""
+        plan = _plan(named_tensors(model), coupling, coupling.staying(gone))
+        modules = [model, *counterparts(model, copies)]
+        scaled = [{} if gates is None else folded(module, coupling, gone, gates) for module in modules]
+        return cls(coupling, gone, plan, [_Body(m, named_tensors(m), s) for m, s in zip(modules, scaled, strict=True)])
+
+    @property
+    def concerned(self) -> bool:
+        """Whether anything of the model changes."""
+        return bool(self.plan or self.bodies[0].scaled)
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        return {tensor: name for name, tensor in self.bodies[0].named.items()}
+
+    def of_model(self, by_name: dict[str, Indices]) -> dict[Tensor, Indices]:
+        """The same, by the model's own tensors."""
+        return {self.bodies[0].named[name]: entry for name, entry in by_name.items()}
+
+    def cutting(self) -> list[Edit]:
+        """The edits by which all lose the units, gates folded in. Raises ValueError where a weight would overflow."""
+        return [
+            replacing(body.named[name], _new(name, body.named[name], body.scaled.get(name), keep), keep)
+            for body in self.bodies
+            for name, keep in {name: self.plan.get(name, {}) for name in (*self.plan, *body.scaled)}.items()
+        ]
+
+    def attributes(self) -> Iterator[tuple[nn.Module, str, Any]]:
+        """The attributes that do not fit the tensors as they are now, with the values that would."""
+        stays = self.coupling.staying(self.gone)
+        for body in self.bodies:
+            yield from changes(body.module)
+            yield from self.coupling.numbers(body.module, stays)
+
+    def check(self, example_inputs: Any, gates: Tensor | None) -> None:
+        """Raise SurgeryError unless the model computes without the units what it does with them masked."""
+        model = self.bodies[0]
+        exact = {
+            name: sliced(model.scaled.get(name, model.named[name]), self.plan.get(name, {}))
+            for name in (*self.plan, *model.scaled)
+        }
+        check(model.module, self.coupling, self.gone, exact, example_inputs, gates)
+
+
+def indices(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:
+    """``removed`` as ascending int64 indices of units. Raises ValueError where they are no such thing."""
     gone = torch.as_tensor(removed).cpu()
     if gone.numel() == 0:
         return torch.zeros(0, dtype=torch.int64)
@@ -87,9 +174,9 @@ def _checked(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:
     return gone.sort().values
 
 
-def _plan(named: dict[str, Tensor], coupling: Coupling, stays: Tensor) -> dict[str, Keep]:
+def _plan(named: dict[str, Tensor], coupling: Coupling, stays: Tensor) -> dict[str, Indices]:
     """What stays of every dimension that loses something."""
-    plan: dict[str, Keep] = {}
+    plan: dict[str, dict[int, Tensor]] = {}
     for (name, dim), units in coupling.axes.items():
         if name not in named or named[name].dim() <= dim or named[name].shape[dim] != len(units):
             found = tuple(named[name].shape) if name in named else "nothing"
@@ -103,86 +190,9 @@ def _plan(named: dict[str, Tensor], coupling: Coupling, stays: Tensor) -> dict[s
             )
         if len(keep) < len(units):
             plan.setdefault(name, {})[dim] = keep
-    return plan
+    return dict(plan)
 
 
-def _new(name: str, tensor: Tensor, scaled: Tensor | None, keep: Keep) -> Tensor:
+def _new(name: str, tensor: Tensor, scaled: Tensor | None, keep: Indices) -> Tensor:
     """What ``tensor`` will hold: rounded from ``scaled`` where there is one, then cut."""
-    return _sliced(tensor if scaled is None else rounded(name, tensor, scaled), keep)
-
-
-def _sliced(tensor: Tensor, keep: Keep) -> Tensor:
-    """``tensor`` at the kept indices, in a tensor of its own with the same order of strides."""
-    new = tensor.detach()
-    for dim, indices in keep.items():
-        new = new.index_select(dim, indices.to(tensor.device))
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return new.permute(order).contiguous().permute([order.index(d) for d in range(tensor.dim())])
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """One assignment, and the one that takes it back."""
-
-    do: Callable[[], None]
-    undo: Callable[[], None]
-
-
-def _tensor_edit(tensor: Tensor, new: Tensor, keep: Keep) -> _Edit:
-    old, grad = tensor.data, tensor.grad if tensor.is_leaf else None
-    new_grad = _sliced(grad, keep) if grad is not None and keep else grad
-    return _Edit(lambda: replace_data(tensor, new, new_grad), lambda: replace_data(tensor, old, grad))
-
-
-def _state_edits(optimizer: torch.optim.Optimizer, keeps: dict[Tensor, Keep], names: dict[Tensor, str]) -> list[_Edit]:
-    edits = []
-    # Of every parameter: LBFGS, for one, keeps flat vectors of all of them with the first.
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            what = f"{type(optimizer).__name__}'s {key!r} of {names.get(parameter, 'a parameter of another model')}"
-            if _is_per_element(value, parameter, what) and parameter in keeps:
-                edits.append(_item_edit(state, key, _sliced(value, keeps[parameter])))
-    return edits
-
-
-def _is_per_element(value: Any, parameter: Tensor, what: str) -> bool:
-    found = [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
-    if isinstance(value, Tensor) and value.shape == parameter.shape:
-        return True
-    if all(t.numel() == 1 for t in found):
-        return False
-    raise SurgeryError(
-        f"{what} has shape {tuple(found[0].shape)}, neither the parameter's {tuple(parameter.shape)} nor one number: "
-        "its elements can't be told apart, so it can't be cut. If it comes from a file, load the pruner's state before "
-        "the optimiser's; otherwise start a fresh optimiser after the cut"
-    )
-
-
-def _item_edit(state: dict[str, Any], key: str, new: Any) -> _Edit:
-    old = state[key]
-    return _Edit(lambda: state.__setitem__(key, new), lambda: state.__setitem__(key, old))
-
-
-def _names(named: dict[str, Tensor]) -> dict[Tensor, str]:
-    return {tensor: name for name, tensor in named.items()}
-
-
-def _perform(model: nn.Module, edits: list[_Edit]) -> None:
-    done: list[_Edit] = []
-    try:
-        for edit in edits:
-            done.append(edit)
-            edit.do()
-        for module, attribute, value in changes(model):
-            before = getattr(module, attribute)
-            done.append(_attribute_edit(module, attribute, value, before))
-            done[-1].do()
-    except BaseException:
-        for edit in reversed(done):
-            edit.undo()
-        raise
-
-
-def _attribute_edit(module: nn.Module, attribute: str, value: Any, before: Any) -> _Edit:
-    return _Edit(lambda: setattr(module, attribute, value), lambda: setattr(module, attribute, before))
+    return sliced(tensor if scaled is None else rounded(name, tensor, scaled), keep)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from taylorkern import surgery
+from taylorkern import edits
 
 
 def fail_at_edit(patch: pytest.MonkeyPatch, number: int) -> None:
     """Have the edit of this ``number``, from 1 on, raise MemoryError once it is done."""
-    edit, done = surgery._Edit, 0
+    edit, done = edits.Edit, 0
 
     def counting(do, undo):
         def failing_do():
@@ -19,4 +19,4 @@ def fail_at_edit(patch: pytest.MonkeyPatch, number: int) -> None:
 
         return edit(failing_do, undo)
 
-    patch.setattr(surgery, "_Edit", counting)
+    patch.setattr(edits, "Edit", counting)

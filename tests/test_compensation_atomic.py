@@ -43,7 +43,7 @@ def test_a_failure_anywhere_in_the_swap_leaves_everything(removed, monkeypatch):
     assert failing > (20 if removed else 10)
 
 
-@pytest.mark.parametrize("where", ["rounded", "folded", "check", "_sliced", "_state_edits"])
+@pytest.mark.parametrize("where", ["rounded", "folded", "check", "sliced", "cut_moments"])
 def test_a_failure_before_the_swap_leaves_everything(where, monkeypatch):
     model, optimizer = trained()
     coupling, before = couple(model, IMAGE), snapshot(model, optimizer)
@@ -51,7 +51,7 @@ def test_a_failure_before_the_swap_leaves_everything(where, monkeypatch):
 
     def failing(*arguments):
         calls.append(where)
-        if len(calls) == (5 if where in ("rounded", "_sliced") else 1):
+        if len(calls) == (5 if where in ("rounded", "sliced") else 1):
             raise MemoryError("injected")
         return own(*arguments)
 
