@@ -18,10 +18,10 @@ class MultiheadAttention(Gated, nn.MultiheadAttention):
     so s = Σ_L o·dL/do is [N, H·D], with head h's D numbers from h·D on; an input without N is a batch of one.
 
     ``num_heads`` and ``head_dim`` count what is there. A cut takes a head's rows out of the input projections, of
-    ``bias_k`` and ``bias_v``, and its columns out of ``out_proj.weight``; ``embed_dim`` stays what comes in and goes
-    out. Uncut, and as long as no gate is wanted, torch's own forward runs, bit for bit, fused kernels and all.
-    Otherwise it is computed here, the same up to rounding with every option of torch's, and ``out_proj`` is called as a
-    module. A mask [N·H, L, S] is one of the heads that are left.
+    ``bias_k`` and ``bias_v``, and its columns out of ``out_proj.weight``; ``embed_dim`` is what comes in. Uncut, and as
+    long as no gate is wanted, torch's own forward runs, bit for bit, fused kernels and all. Otherwise it is computed
+    here, the same up to rounding with every option of torch's, and ``out_proj`` is called as a module. A mask
+    [N·H, L, S] is one of the heads that are left.
 
     >>> attention, x = MultiheadAttention(8, 2, batch_first=True), torch.rand(3, 5, 8)
     >>> attention.in_proj_weight.data = attention.in_proj_weight.data.unflatten(0, (3, 2, 4))[:, 1].flatten(0, 1)
@@ -33,8 +33,10 @@ class MultiheadAttention(Gated, nn.MultiheadAttention):
 
     @property
     def is_cut(self) -> bool:
-        """Whether heads are gone, or channels of theirs, so that torch's own class can't compute what is left."""
-        return bool(self.num_heads * self.head_dim != self.embed_dim)
+        """Whether heads are gone, or what goes out is not what comes in, so that torch's class can't compute it."""
+        projection = self._modules.get("out_proj")  # not there yet while torch's constructor runs
+        out = self.embed_dim if projection is None else projection.weight.shape[0]  # type: ignore[index]
+        return bool(self.num_heads * self.head_dim != self.embed_dim or out != self.embed_dim)
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -50,10 +52,7 @@ class MultiheadAttention(Gated, nn.MultiheadAttention):
 
     def _on_its_own(self) -> bool:
         """Whether a forward now is computed here."""
-        if self.num_heads * self.head_dim != self.embed_dim or observing() or wanted(self):
-            return True
-        projection = self._modules.get("out_proj")  # not there yet while torch's constructor runs
-        return projection is not None and wanted(projection)
+        return self.is_cut or observing() or wanted(self) or wanted(self._modules.get("out_proj"))
 
     def forward(
         self,

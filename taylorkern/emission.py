@@ -62,14 +62,14 @@ def observing() -> bool:
     return bool(_observers)
 
 
-def gate_of(module: nn.Module) -> Gate | None:
+def gate_of(module: nn.Module | None) -> Gate | None:
     """The gate in ``module``, whether it is a gated layer or carries one by a hook."""
     # Compiled code notices a gate that comes later as an attribute, not as a new key; eager code is faster by the key.
     gate = getattr(module, "gate", None) if torch.compiler.is_compiling() else vars(module).get("gate")
     return gate if isinstance(gate, Gate) else None
 
 
-def wanted(module: nn.Module) -> bool:
+def wanted(module: nn.Module | None) -> bool:
     """Whether a forward of ``module`` now should take the gate in it."""
     gate = gate_of(module)
     return gate is not None and gate.wanted()

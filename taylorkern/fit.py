@@ -32,12 +32,12 @@ def changes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 def fitted(module: nn.Module) -> bool:
-    """Whether the sizes that ``module`` keeps are those of its weights.
+    """Whether all sizes that ``module`` keeps are those of its weights.
 
     >>> fitted(nn.Linear(4, 3)), fitted(nn.ChannelShuffle(2))
     (True, False)
     """
-    return isinstance(module, tuple(_SIZES))
+    return isinstance(module, tuple(_SIZES)) and not isinstance(module, nn.MultiheadAttention)  # which has heads
 
 
 def _convolution(layer: Any) -> dict[str, int]:
@@ -59,6 +59,13 @@ def _features(layer: Any) -> dict[str, int]:
     return {} if sized is None else {"num_features": len(sized)}
 
 
+def _attention(layer: Any) -> dict[str, int]:
+    """What comes in; how many heads there are can't be seen from the weights."""
+    packed = layer.in_proj_weight
+    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if packed is None else (packed,) * 3
+    return {name: w.shape[1] for name, w in zip(("embed_dim", "kdim", "vdim"), weights, strict=True)}
+
+
 def _width(attribute: str) -> Callable[[Any], dict[str, int]]:
     return lambda layer: {} if layer.weight is None else {attribute: len(layer.weight)}
 
@@ -67,6 +74,7 @@ _SIZES: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
     nn.modules.batchnorm._NormBase: _features,
+    nn.MultiheadAttention: _attention,
     nn.RNNBase: lambda layer: {"input_size": layer.weight_ih_l0.shape[1]},
     nn.PReLU: _width("num_parameters"),
     nn.GroupNorm: _width("num_channels"),

@@ -10,12 +10,12 @@ from .rules import Call, Strips, rule
 
 @rule("mm", "bmm")
 def matrix_product(call: Call) -> list[Strips]:
-    return [_contract(call, *call.tensors())]
+    return [_contract(call, *call.inputs)]
 
 
 @rule("addmm", "baddbmm")
 def biased_product(call: Call) -> list[Strips]:
-    bias, a, b = call.tensors()
+    bias, a, b = call.inputs
     shape = call.outputs[0].shape
     return [call.meet([(shape, _contract(call, a, b)), (bias.shape, call.strips(bias))], shape)]
 

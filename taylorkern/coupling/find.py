@@ -128,12 +128,15 @@ class _Found:
 
     def untried(self, choices: Mapping[str, int]) -> dict[str, int]:
         """``choices`` with another one wherever a split layer's channels can't be cut; {} where there is no such."""
-        made = self._tracer.made()
+        splits = [split for split in self._tracer.evidence.splits if choices.get(split.site, 0) < split.options - 1]
+        if not splits:
+            return {}
+        made, found = self._tracer.made(), self._tracer.ledger.components()
         sites = {
             split.site
-            for split in self._tracer.evidence.splits
-            if choices.get(split.site, 0) < split.options - 1
-            and bool((self._unit[split.labels] < 0).all() and torch.isin(split.labels, made).any())
+            for split in splits
+            if bool(found.stuck[split.labels].all() and torch.isin(split.labels, made).any())
+            and not bool(found.firm[split.labels].all())
         }
         return {**choices, **{site: choices.get(site, 0) + 1 for site in sites}} if sites else {}
 

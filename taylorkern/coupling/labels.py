@@ -139,7 +139,7 @@ class Ledger:
 
     def alike(self, labels: Tensor) -> Tensor:
         """Which labels are ``labels`` or their twins, bool [labels + 1]."""
-        root = _connected(self._count, *_ends(self._twins))
+        root = _connected(self._count, *_ends(self._twins)) if len(labels) else torch.arange(self._count)
         found = torch.isin(root, root[labels[labels > 0]])
         found[0] = False
         return found
@@ -149,7 +149,8 @@ class Ledger:
         a, b, owner = self._stacked_pairs()
         both = (a > 0) & (b > 0)
         loose = _connected(self._count, a[both], b[both])
-        root = _connected(self._count, *_ends([(loose, torch.arange(self._count)), *self._forced]))
+        forced = [(loose, torch.arange(self._count)), *self._forced]
+        root = _connected(self._count, *_ends(forced)) if self._forced else loose
         alone = (a > 0) ^ (b > 0)
         places = [place for _, _, place in self._pairs]
         both_ends = torch.maximum(a, b)
@@ -159,7 +160,12 @@ class Ledger:
         for labels, _ in frozen:
             stuck[root[labels]] = True
         stuck[0] = True
-        return Components(root, loose, stuck[root], frozen, list(self._starts), torch.tensor([*self._starts.values()]))
+        firm = torch.zeros(self._count, dtype=torch.bool)
+        for labels, _ in frozen:
+            firm[loose[labels]] = True
+        return Components(
+            root, loose, stuck[root], firm[loose], frozen, list(self._starts), torch.tensor([*self._starts.values()])
+        )
 
     def axes(self) -> dict[Axis, Tensor]:
         """The labels of every axis."""
@@ -182,6 +188,7 @@ class Components:
     root: Tensor  # the component of every label
     loose: Tensor  # the same but for what only the form of the code keeps together
     stuck: Tensor  # whether it is frozen
+    firm: Tensor  # whether it is, however the code's splits are taken
     _frozen: list[tuple[Tensor, Place | None]]
     _axes: list[Axis]
     _starts: Tensor  # the first label of each of them

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from .labels import Strip
-from .rules import Call, Rule, Strips, rule, wrapped
+from .rules import Call, Rule, Strips, rule, varying, wrapped
 
 # f(0) is not 0, so a gate before it does not take the channel away.
 _MAKES_SOMETHING_OF_ZERO = frozenset(
@@ -22,7 +20,7 @@ _SUMS = frozenset(["add", "sub", "rsub"])
 )
 def element_wise(call: Call) -> list[Strips]:
     shape = call.outputs[0].shape if call.outputs else ()
-    met = call.meet([(_varying(t, call), call.strips(t)) for t in call.tensors()], shape)
+    met = call.meet([(varying(t, call), call.strips(t)) for t in call.inputs], shape)
     name = call.func._schema.name.removeprefix("aten::")
     if name in _PRODUCTS:
         call.makers = _product(call)
@@ -32,13 +30,6 @@ def element_wise(call: Call) -> list[Strips]:
     return [met] * len(call.outputs)
 
 
-def _varying(t: Tensor, call: Call) -> Sequence[int]:
-    """The shape of ``t``, with 1 for a dimension that it was only expanded along: there it fits whatever stays."""
-    if call.carried(t) or 0 not in t.stride():
-        return t.shape
-    return [1 if step == 0 else size for size, step in zip(t.shape, t.stride(), strict=True)]
-
-
 def _shifts(call: Call, name: str) -> bool:
     other = call.arguments.get("other")
     return name in _SUMS and isinstance(other, (int, float)) and other != 0
@@ -46,7 +37,7 @@ def _shifts(call: Call, name: str) -> bool:
 
 def _product(call: Call) -> dict[str, bool]:
     """One factor at zero is enough, so the gate of the other would only count a channel's share twice."""
-    factors = [found.makers for t in call.tensors() if (found := call.carried(t)) and found.makers]
+    factors = [found.makers for t in call.inputs if (found := call.carried(t)) and found.makers]
     return next((makers for makers in factors if all(makers.values())), call.makers)
 
 
@@ -71,7 +62,7 @@ def sized_like(call: Call) -> list[Strips]:
     *"amax amin aminmax max min argmax argmin median any all count_nonzero".split(),
 )
 def reduction(call: Call) -> list[Strips]:
-    tensors = call.tensors()
+    tensors = call.inputs
     if len(tensors) > 1:
         return element_wise(call)  # max.other and its kin
     x = tensors[0]
@@ -103,7 +94,7 @@ def along_a_dim(call: Call) -> list[Strips]:
 )
 def batch_norm(call: Call) -> list[Strips]:
     """The channels go together with their affine parameters and statistics; a gate belongs behind them."""
-    x, *others = call.tensors()
+    x, *others = call.inputs
     carried = call.freeze_along(call.strips(x), [d for d in range(x.dim()) if d != 1])
     beside = [t for t in others if t.shape == (x.shape[1],)]
     columns = [((*t.shape, *[1] * (x.dim() - 2)), call.strips(t)) for t in beside]
@@ -169,7 +160,7 @@ def layer_norm(call: Call) -> list[Strips]:
 def _mixing(rank: int) -> Rule:
     def pass_channels(call: Call) -> list[Strips]:
         """Positions within the last ``rank`` dimensions mix; the others are left alone."""
-        x, *others = call.tensors()
+        x, *others = call.inputs
         kept = call.keep_unless(call.strips(x), range(x.dim() - rank, x.dim()))
         call.freeze(s for other in others for s in call.strips(other))
         return [kept] * len(call.outputs)

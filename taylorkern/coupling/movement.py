@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .labels import Plane, Strip
-from .rules import Call, Strips, not_understood, rule, wrapped
+from .rules import Call, Strips, not_understood, rule, varying, wrapped
 
 
 @rule("view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze")
@@ -256,7 +256,7 @@ def roll(call: Call) -> list[Strips]:
 
 @rule("index_select", "embedding")
 def index_select(call: Call) -> list[Strips]:
-    x, indices = call.tensors()
+    x, indices = call.inputs
     dim = wrapped(call.arguments.get("dim", 0), x.dim())
     call.freeze(call.strips(indices))
     more = call.outputs[0].dim() - x.dim()
@@ -309,6 +309,25 @@ def channel_shuffle(call: Call) -> list[Strips]:
         return [strip.relabelled(parts.t().reshape(-1))]
 
     return [_replace(call.strips(call["self"]), call["self"].dim() - 3, shuffled)]
+
+
+@rule("unfold")
+def unfold(call: Call) -> list[Strips]:
+    """Windows along one dimension, laid out along a new last one."""
+    x = call["self"]
+    return [call.keep_unless(call.strips(x), [wrapped(call["dimension"], x.dim())])]
+
+
+@rule("gather")
+def gather(call: Call) -> list[Strips]:
+    """Takes along one dimension by indices of their own for every place in the others, which go together."""
+    x, indices = call["self"], call["index"]
+    dim = wrapped(call["dim"], x.dim())
+    others = call.keep_unless(call.strips(x), [dim])
+    shape = [1 if d == dim else size for d, size in enumerate(indices.shape)]
+    given = [1 if d == dim else size for d, size in enumerate(varying(indices, call))]
+    call.freeze(s for s in call.strips(indices) if s.dim == dim)
+    return [call.meet([(x.shape, others), (given, call.strips(indices))], shape)]
 
 
 @rule("im2col")

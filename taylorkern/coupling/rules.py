@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .labels import Axis, Ledger, Plane, Strip
 
@@ -71,6 +70,7 @@ class Call:
 
     func: torch._ops.OpOverload
     arguments: dict[str, Any]
+    inputs: list[Tensor]  # the tensor arguments, in order
     outputs: list[Tensor]
     ledger: Ledger
     evidence: Evidence
@@ -105,10 +105,7 @@ class Call:
 
     def labelled(self) -> list[Tensor]:
         """The tensor arguments, in order, that carry anything."""
-        return [t for t in self.tensors() if self.carried(t)]
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in tree_leaves(list(self.arguments.values())) if isinstance(t, Tensor)]
+        return [t for t in self.inputs if self.carried(t)]
 
     def freeze(self, strips: Iterable[Strip]) -> None:
         self.ledger.freeze(strips)
@@ -237,3 +234,10 @@ def signature(func: torch._ops.OpOverload) -> dict[str, Any]:
 
 def wrapped(dim: int, rank: int) -> int:
     return dim % rank if rank else 0
+
+
+def varying(t: Tensor, call: Call) -> Sequence[int]:
+    """The shape of ``t``, with 1 for a dimension that it was only expanded along: there it fits whatever stays."""
+    if call.carried(t) or 0 not in t.stride():
+        return t.shape
+    return [1 if step == 0 else size for size, step in zip(t.shape, t.stride(), strict=True)]

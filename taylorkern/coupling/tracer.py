@@ -105,18 +105,21 @@ class Tracer(TorchDispatchMode):
         place = Place(str(func), self.module, line())
         self._turns[place] += 1
         result = func(*args, **kwargs)
-        call = self._call(func, args, kwargs, result, *layout)
+        call = self._call(func, args, kwargs, inputs, result, *layout)
         self.ledger.here = place
         if any(t in self._carried for t in inputs):
             self._follow(rule or not_understood, call)
         self._count(call, args, kwargs, result)
         return result
 
-    def _call(self, func: Any, args: Any, kwargs: Any, result: Any, shape: torch.Size, stride: tuple[int, ...]) -> Call:
+    def _call(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], result: Any, shape: torch.Size, stride: tuple
+    ) -> Call:
         names, module = signature(func), self._running.module
         return Call(
             func=func,
             arguments={**names, **dict(zip(names, args, strict=False)), **kwargs},
+            inputs=inputs,
             outputs=[t for t in tree_leaves(result) if isinstance(t, Tensor)],
             ledger=self.ledger,
             evidence=self.evidence,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..emission import observed
 from ..example import converted, copied, run
 from ..fit import changes
 from ..state import named_tensors, untouched
@@ -69,7 +70,7 @@ def attempt(model: nn.Module, scene: Scene, coupling: Coupling, unit: Tensor) ->
         try:
             with _cut_down(model, coupling, coupling.staying(removed), device):
                 inputs = _on(scene.example_inputs, device)
-                with untouched(model), torch.no_grad(), watch.running.followed(), watch:
+                with untouched(model), torch.no_grad(), watch.running.followed(), observed(_nothing), watch:
                     model.train(scene.training)
                     run(model, inputs)
             return None
@@ -80,6 +81,10 @@ def attempt(model: nn.Module, scene: Scene, coupling: Coupling, unit: Tensor) ->
         if device is None:
             return failure
     raise AssertionError("the last device returns")
+
+
+def _nothing(module: nn.Module, output: Tensor, dim: int) -> None:
+    """Observed as in the trace, attention runs the same code."""
 
 
 def _on(example_inputs: Any, device: str | None) -> Any:

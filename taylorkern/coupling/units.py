@@ -123,7 +123,8 @@ class Coupling:
         def left(units: Tensor) -> Tensor:
             return new[units[stays[units]]]
 
-        layers = {name: left(units) for name, units in self.layers.items()}
+        # Channels without a gate go with those that have one.
+        layers = {name: new[units[stays[self.outputs[name]]]] for name, units in self.layers.items()}
         return replace(
             self,
             units=_units(layers, len(kept)),
