@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
 # PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the (first) command.
-.PHONY: help install demo test lint bench guard guard-update zoo fused-zoo study surgeon peers curvature nvcc-check gpu-check wheel-check clean
+.PHONY: help install demo test lint bench guard guard-update zoo networks fused-zoo study surgeon peers curvature nvcc-check gpu-check wheel-check clean
 .DELETE_ON_ERROR:
 
 SHELL := /bin/bash
@@ -18,7 +18,7 @@ GOMP_SPINCOUNT ?= 10000
 export GOMP_SPINCOUNT
 
 help:
-	@echo "make demo | test | lint | bench | guard | zoo | fused-zoo | study | surgeon | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
+	@echo "make demo | test | lint | bench | guard | zoo | networks | fused-zoo | study | surgeon | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
 
 install: $(STAMP)
 
@@ -47,8 +47,13 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-zoo: $(STAMP)
-	$(RUN) bench/zoo.py $(ARGS)
+# Writes docs/zoo.md and bench/results/zoo.json; an hour or so. ARGS="--family torchvision --only 'resnet*'" for a part.
+zoo: $(BENCH)
+	$(RUN) -m bench.zoo --publish $(ARGS)
+
+# The property test of random networks at length: make networks ARGS="--seed 3"
+networks: $(STAMP)
+	$(RUN) -W ignore -m tests.random_networks 2000 $(ARGS)
 
 fused-zoo: $(STAMP)
 	$(RUN) -m bench.fused_zoo --json bench/results/fused-zoo.json $(ARGS)
@@ -62,7 +67,7 @@ surgeon: $(STAMP)
 	$(RUN) -m bench.surgeon.resnet50 --json bench/results/surgeon-resnet50.json
 
 $(BENCH): $(STAMP)
-	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,zoo]'
 	@touch $@
 
 # Prints the tables and keeps bench/results/<machine>.json; python -m bench.readme then renews README, page and picture.
@@ -77,7 +82,7 @@ guard-update: $(BENCH)
 	$(RUN) -m bench.guard --update $(ARGS)
 
 peers: $(BENCH)
-	$(RUN) -m pytest tests/test_diagonals.py tests/test_bench*.py $(ARGS)
+	$(RUN) -m pytest tests/test_diagonals.py tests/test_bench*.py tests/test_torch_pruning.py tests/test_zoo*.py $(ARGS)
 
 curvature: $(BENCH)
 	$(RUN) -m bench.curvature --network resnet50 --batch 8 --size 224 --pairs 15 --channels-last \
