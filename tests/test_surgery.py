@@ -534,3 +534,22 @@ def test_a_network_of_non_finite_numbers_is_refused_for_that():
     with pytest.raises(SurgeryError, match=r"non-finite numbers at 4\.conv1") as refused:
         cut(model, couple(model, IMAGE), [0], IMAGE)
     assert refused.value.module == "4.conv1" and same(before, snapshot(model))
+
+
+def test_layers_that_mix_tokens_see_channels_as_positions():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.tokens, self.head = nn.Linear(3, 6), nn.Linear(5, 5), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head((x + self.tokens(x.transpose(1, 2)).transpose(1, 2)).relu().mean(1))
+
+    model, x = Mixer().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    coupling = couple(model, x)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.head.weight[:, [1, 4]] = 0
+    cut(model, coupling, [1, 4], x)
+    assert torch.allclose(model(x), expected(x), rtol=0, atol=1e-12)

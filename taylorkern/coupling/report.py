@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .labels import Frozen, Place
+from .labels import Axis, Frozen, Place
 
 if TYPE_CHECKING:
     from .units import Coupling
@@ -24,7 +24,7 @@ def _text(coupling: "Coupling") -> str:
         f"{coupling.stuck} more sets of channels can't",
         *(_told(alike) for alike in _by_cause(coupling.frozen)),
         *_following(coupling),
-        *(f"{name} dim {dim}: no place for a gate" for name, dim in coupling.ungated),
+        *(f"{_axes(coupling.ungated)}: no place for a gate" for _ in coupling.ungated[:1]),
         *(f"{name} was not used in any run" for name in coupling.unreached),
     ]
     return "\n".join(lines)
@@ -56,6 +56,11 @@ def _following(coupling: "Coupling") -> list[str]:
         f"{name} follows in {of[0] or 'the model'}{f' and {len(of) - 1} more modules' if len(of) > 1 else ''}"
         for name, of in paths.items()
     ]
+
+
+def _axes(axes: tuple[Axis, ...]) -> str:
+    (name, dim), more = axes[0], len(axes) - 1
+    return f"{name} dim {dim}" + (f" and {more} more" if more else "")
 
 
 def _json(coupling: "Coupling") -> str:
