@@ -244,7 +244,9 @@ def _floating(value: Any) -> set[torch.dtype]:
 def _digest(output: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
     rows = output.movedim(dim, 0).double()
     rows = rows.reshape(len(rows), -1)  # [C, positions]
-    return rows @ torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device).cos(), rows.abs().sum(1), rows.shape[1]
+    positions = rows.shape[1]
+    weights = torch.arange(positions, dtype=rows.dtype, device=rows.device).cos()
+    return rows @ weights, rows.abs().sum(1), positions
 
 
 def _compare(dense: _Run, thin: _Run, lost: "_Lost") -> None:
