@@ -153,7 +153,8 @@ class Bodies:
             name: sliced(model.scaled.get(name, model.named[name]), self.plan.get(name, {}))
             for name in (*self.plan, *model.scaled)
         }
-        check(model.module, self.coupling, self.gone, exact, example_inputs, gates)
+        with understood(model.module):
+            check(model.module, self.coupling, self.gone, exact, example_inputs, gates)
 
 
 def indices(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:

@@ -18,7 +18,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .attention import understood
 from .blame import stacklevel
 from .channels import channel_dim
 from .coupling import Coupling
@@ -76,7 +75,7 @@ def check(
 
     With ``gates`` [U] it is to compute what it computes with them at the outputs of the layers that produce the other
     units. ``new`` may be in float64, to be rounded to the model's dtypes where it runs in them. The model itself is
-    left as it was, whatever happens.
+    left as it was, whatever happens. Its attention is understood (see ``taylorkern.attention``) by the caller.
     """
     named, factors = named_tensors(model), _factors(coupling, gone, gates)
     change: _Change = _in_float64
@@ -199,7 +198,7 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with understood(model), untouched(model), torch.no_grad(), observed(note), _Operations(seen):
+        with untouched(model), torch.no_grad(), observed(note), _Operations(seen):
             model.eval()
             seen.outputs = [t.clone() for t in tensors(run(model, copied(inputs)))]
     finally:

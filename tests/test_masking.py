@@ -275,3 +275,22 @@ def test_a_model_wrapped_for_several_processes_goes_on(alone):
     assert not gone(model, coupling, [0, 8]).any()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_torchs_attention_is_masked_and_stays_torchs():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(6, 3, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    model, x = Wrapped().double(), torch.randn(2, 4, 6, dtype=torch.float64)
+    coupling = tk.couple(model, x)
+    held = mask(model, coupling, [1], x)
+    assert type(model.attention) is nn.MultiheadAttention and model.attention.num_heads == 3
+    expected = model(x)
+    cut(model, coupling, held.units, x)
+    assert model.attention.num_heads == 2
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
