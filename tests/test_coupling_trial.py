@@ -113,3 +113,23 @@ def test_reports():
     assert coupling.report().startswith("8 units with 8 gates in 1 layers can be cut; 8 more sets of channels can't")
     with pytest.raises(ValueError, match="'xml' is not one of 'text', 'json'"):
         coupling.report("xml")
+
+
+def test_an_attribute_that_means_something_else_is_left_alone():
+    class Misleading(nn.Module):
+        """Its number of heads is also the width of a convolution, which has nothing to do with it."""
+
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 8
+            self.a, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+            self.table = nn.Parameter(torch.randn(16))
+
+        def forward(self, x):
+            return self.head(self.a(x).relu() * 1.5) + self.table.view(self.num_heads, 2).sum(0).view(1, 2, 1, 1)
+
+    model = Misleading()
+    coupling = couple(model, IMAGE)
+    assert len(coupling.units) == 8 and not coupling.attributes
+    cut(model, coupling, [3], IMAGE)
+    assert (model.num_heads, model.a.out_channels) == (8, 7)

@@ -67,30 +67,31 @@ class _Found:
         with untouched(model):
             _trace(self._tracer, model, example_inputs, training=False)
         self._scenes = [Scene(False, example_inputs, self._tracer.script)]
+        self._apart: set[str] = set()  # modules whose attributes mean something else
         self._stopped = ""  # why the model does not run in training mode, if it had to
         self._trained = not parameters <= self._tracer.reached and self._trains()
         self._unreached = tuple(name for name, _ in model.named_parameters() if name not in self._tracer.reached)
         self._resolve()
 
     def _resolve(self) -> None:
-        self.coupling, self._unit = resolve(self._tracer, self._unreached, self._trained)
+        self.coupling, self._unit = resolve(self._tracer, self._unreached, self._trained, self._apart)
 
     def settle(self, choices: dict[str, int]) -> bool:
         """Freeze what does not survive a cut; False where a new trace with other ``choices`` is to be made."""
         for _ in range(_TRIALS):
-            if not self.coupling.units:
-                return True
-            failure = self._failure()
+            failure = self._failure() if self.coupling.units else None
             if failure is None:
                 return True
             suspects = self._live(failure)
-            if not len(suspects):
+            if self._misled(failure):
+                self._apart.add(failure.place.module)
+            elif not len(suspects):
                 return True
-            sites = self._sites(suspects, choices)
-            if sites:
+            elif sites := self._sites(suspects, choices):
                 choices.update({site: choices.get(site, 0) + 1 for site in sites})
                 return False
-            self._freeze(failure, suspects)
+            else:
+                self._freeze(failure, suspects)
             self._resolve()
         return True
 
@@ -101,10 +102,15 @@ class _Found:
     def _live(self, failure: Failure) -> Tensor:
         """The labels to blame that belong to units; where those named don't, those of the operations before."""
         earlier = (labels for step in reversed(failure.steps[:-1]) for labels in step.suspects(None, []))
-        for labels in (*failure.suspects, *earlier):
-            if bool((self._unit[labels] >= 0).any()):
-                return labels
-        return torch.zeros(0, dtype=torch.int64)
+        return next(filter(self._belong, (*failure.suspects, *earlier)), torch.zeros(0, dtype=torch.int64))
+
+    def _belong(self, labels: Tensor) -> bool:
+        return bool((self._unit[labels] >= 0).any())
+
+    def _misled(self, failure: Failure) -> bool:
+        """Whether nothing that went in could be cut, so that an attribute must have followed that should not."""
+        followed = failure.place.module in {path for path, _ in self.coupling.attributes}
+        return followed and not any(map(self._belong, failure.suspects))
 
     def _sites(self, suspects: Tensor, choices: Mapping[str, int]) -> set[str]:
         """The splits of the units to blame that have another option, or can still be done without."""

@@ -4,7 +4,7 @@ Python numbers carry no labels. What is seen is that a module hands an operation
 known name holds it: that attribute is bound to the labels. Whether the code runs when both follow is tried afterwards.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ _HEADS = frozenset(
     """.split()
 )
 # Mostly the width of what comes in and goes out, which a residual stream often keeps as it is.
-_STREAM = frozenset("dim embed_dim embedding_dim hidden_size d_model width channels num_features out_dim".split())
+_STREAM = frozenset(
+    """
+    dim embed_dim embedding_dim hidden_size d_model width channels num_features out_dim in_channels in_chs in_features
+    """.split()
+)
 
 
 def countable(module: nn.Module) -> dict[str, int]:
@@ -33,15 +37,17 @@ def heads(module: nn.Module) -> dict[str, int]:
     return {name: value for name, value in countable(module).items() if name in _HEADS}
 
 
-def bound(model: nn.Module, numbers: Iterable[Number], unit: Tensor) -> dict[Attribute, Tensor]:
+def bound(
+    model: nn.Module, numbers: Iterable[Number], unit: Tensor, apart: Collection[str] = ()
+) -> dict[Attribute, Tensor]:
     """The attributes that count units, with the unit of each index, -1 for what stays; ``unit`` [labels + 1].
 
-    One that counts several lines that would not shrink alike is left alone.
+    One that counts several lines that would not shrink alike is left alone, and all of the modules ``apart``.
     """
     found: dict[Attribute, Tensor] = {}
     clash: set[Attribute] = set()
     modules = dict(model.named_modules())
-    for number in numbers:
+    for number in (number for number in numbers if number.module not in apart):
         units = unit[number.labels]
         for name in _names(modules[number.module], len(units)):
             before = found.setdefault((number.module, name), units)

@@ -1,7 +1,7 @@
 """Coupling: the units of a model, and where each parameter dimension belongs to which."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -144,10 +144,12 @@ class Coupling:
         return report(self, form)
 
 
-def resolve(tracer: "Tracer", unreached: tuple[str, ...], trained: bool) -> tuple[Coupling, Tensor]:
+def resolve(
+    tracer: "Tracer", unreached: tuple[str, ...], trained: bool, apart: Collection[str] = ()
+) -> tuple[Coupling, Tensor]:
     """Turn what a trace has found into units, numbered by the first appearance of a place in execution order.
 
-    Returns them with every label's unit [labels + 1].
+    The attributes of the modules ``apart`` stay as they are. Returns them with every label's unit [labels + 1].
     """
     found = tracer.ledger.components()
     component = found.root.masked_fill(found.stuck, 0)
@@ -174,7 +176,7 @@ def resolve(tracer: "Tracer", unreached: tuple[str, ...], trained: bool) -> tupl
         unreached=unreached,
         ungated=tuple(a for a, found in homeless.items() if bool(found.any()) and a[0] not in unreached),
         trained=trained,
-        attributes=bound(tracer.model, tracer.evidence.numbers, unit),
+        attributes=bound(tracer.model, tracer.evidence.numbers, unit, apart),
         stuck=_stuck(tracer, found.loose, channels[(found.stuck | (unit < 0))[channels]]),
     )
     return coupling, unit
