@@ -133,8 +133,9 @@ class Pruner:
         self._subject.hold()
         if self.done:
             return []
-        self._steps += 1
-        if self._steps % self.every:
+        steps = self._steps + 1
+        if steps % self.every:
+            self._steps = steps
             return []
         limits = Limits(self._meter, self.target * self._dense.total, self.min_channels, self.round_step)
         judged = Judged(self.scores, self._living)
@@ -148,6 +149,7 @@ class Pruner:
         self._selection.follow(self._living.without(chosen))
         self._look_again()
         self.scores.reset()
+        self._steps = steps  # only now: a step that was refused is to be tried again
         return units
 
     def cut(self) -> list[Unit]:

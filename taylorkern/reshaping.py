@@ -65,9 +65,21 @@ def reshaping(
                     f"{path} changes the shape of {where} and does not tell its {min(untold)}; save it again"
                 )
             _check_counts(path, name, module, stand_ins[module])
+    for module, key in touched:
+        if getattr(module, key) != getattr(stand_ins[module], key) and _whole(module, stand_ins[module]):
+            raise StoreError(
+                f"{path} holds another network: it changes {key} of a {type(module).__name__} none of whose tensors it "
+                "makes smaller, as no cut does; build the model as it was built before it was pruned"
+            )
     edits = [(module, key, getattr(stand_ins[module], key)) for module, key in touched]
     classes = {module: kind for name, module in named.items() if (kind := _class(path, name, stand_ins[module]))}
     return Reshaping([edit for edit in edits if getattr(edit[0], edit[1]) != edit[2]], list(classes.items()))
+
+
+def _whole(module: nn.Module, stand_in: nn.Module) -> bool:
+    """Whether ``module`` and those in it have tensors, and none changes its shape."""
+    own, new = ([t.shape for t in (*m.parameters(), *m.buffers())] for m in (module, stand_in))
+    return bool(own) and own == new
 
 
 def _check_attributes(path: Path, named: dict[str, nn.Module], attributes: dict[str, dict[str, int]]) -> None:
@@ -192,7 +204,8 @@ def _attention(own: Any, new: Any) -> bool:
     width = new.num_heads * new.head_dim
     rows = [len(t) for t in (new.q_proj_weight, new.k_proj_weight, new.v_proj_weight) if t is not None]
     stacked = [len(t) for t in (new.in_proj_weight, new.in_proj_bias) if t is not None]
-    return new.out_proj.weight.shape[1] == width and {*rows} <= {width} and {*stacked} <= {3 * width}
+    whole = new.head_dim == own.head_dim and new.out_proj.weight.shape[1] == width
+    return whole and {*rows} <= {width} and {*stacked} <= {3 * width}
 
 
 def _recurrent(own: Any, new: Any) -> bool:
@@ -205,7 +218,7 @@ _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _CONSISTENT: dict[type[nn.Module], Callable[[Any, Any], bool]] = {
     _ConvNd: _convolution,
     nn.Linear: lambda own, new: _biased(new, new.out_features),
-    nn.GroupNorm: lambda own, new: new.num_channels % new.num_groups == 0,
+    nn.GroupNorm: lambda own, new: new.num_channels * own.num_groups == own.num_channels * new.num_groups,
     nn.MultiheadAttention: _attention,
     nn.RNNBase: _recurrent,
 }
@@ -214,7 +227,9 @@ _CONSISTENT: dict[type[nn.Module], Callable[[Any, Any], bool]] = {
 def _class(path: Path, name: str, stand_in: Any) -> type[nn.Module] | None:
     """The class that attention needs once its heads no longer make up its width; None where it has it."""
     attention = isinstance(stand_in, nn.MultiheadAttention) and not isinstance(stand_in, MultiheadAttention)
-    if not attention or stand_in.num_heads * stand_in.head_dim == stand_in.embed_dim:
+    if not attention:
+        return None
+    if stand_in.num_heads * stand_in.head_dim == stand_in.embed_dim == len(stand_in.out_proj.weight):
         return None
     if type(stand_in) is not nn.MultiheadAttention:
         raise StoreError(

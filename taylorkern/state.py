@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +19,45 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Within, the model may run in any mode; afterwards its modes, buffers and the random state are as before."""
+    """Within, the model may run in any mode; afterwards its modes, buffers and the random state are as before.
+
+    So are its modules' other attributes, and lists and dictionaries among them, but not what is deeper inside.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    kept = [(module, _plain(module)) for module in model.modules()]
     devices = {t.device.index or 0 for t in model.parameters() if t.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices)):
             yield
     finally:
+        for module, attributes in kept:
+            _put_back(module, attributes)
         for module, training in modes:
             module.training = training
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _plain(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attributes of ``module`` by name, each with a copy of what is in it if it is a list or a dictionary."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {name: (value, copy(value) if type(value) in (list, dict) else None) for name, value in own.items()}
+
+
+def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in vars(module) if name not in _OF_EVERY_MODULE and name not in attributes]:
+        del vars(module)[name]
+    for name, (value, inside) in attributes.items():
+        vars(module)[name] = value
+        if inside is not None:
+            value.clear()
+            value.extend(inside) if isinstance(value, list) else value.update(inside)
 
 
 def replace_data(tensor: Tensor, data: Tensor, gradient: Tensor | None = None) -> None:

@@ -1,6 +1,7 @@
 """Cuts units out of a model, its copies and its optimisers: all or nothing, checked against the masked dense model."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,9 @@ def cut(
     bodies = Bodies.of(model, copies, coupling, gone, gates)
     edits = bodies.cutting()
     edits += cut_moments(optimizers, bodies.of_model(bodies.plan), bodies.names) if bodies.plan else []
-    with understood(model):
+    with ExitStack() as stack:
+        for body in bodies.bodies:
+            stack.enter_context(understood(body.module))
         if verify and bodies.concerned:
             bodies.check(example_inputs, gates)
         perform(edits, bodies.attributes)

@@ -8,7 +8,7 @@ multiplied at the layers' outputs, while the cut one has them in its weights, no
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,11 @@ from .blame import stacklevel
 from .channels import channel_dim
 from .coupling import Coupling
 from .emission import observed
-from .example import copied, in_float64, repeated, run, tensors
+from .example import converted, copied, in_float64, repeated, run, tensors
 from .fit import changes
 from .layers import gateable
 from .state import named_tensors, untouched
+from .widened import Widened
 
 # Largest difference relative to the largest magnitude, per narrowest dtype that the model computes in. A sum of k
 # products rounds by about √k·eps, and later layers pass that on: some 1e4 eps in deep networks. In float64 a wrong
@@ -80,8 +81,7 @@ def check(
     named, factors = named_tensors(model), _factors(coupling, gone, gates)
     change: _Change = _in_float64
     try:
-        inputs = in_float64(example_inputs)
-        dense = _observe(model, _masked(named, coupling, gone, change), inputs, factors)
+        dense, inputs = _observed_in_float64(model, _masked(named, coupling, gone, change), example_inputs, factors)
     except Exception as error:
         inputs, change = example_inputs, _in_its_own
         dense = _observe_own_dtype(model, _masked(named, coupling, gone, change), inputs, factors)
@@ -104,6 +104,18 @@ def check(
 
 
 _Change = Callable[[Tensor, torch.dtype], Tensor]  # a tensor and the dtype it has in the model → the tensor to run with
+
+
+def _lively(example_inputs: Any) -> Any:
+    """The same example in float64, with noise for tensors that are all one number, which would hide differences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def lively(t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.numel() < 2 or not bool((t == t.flatten()[0]).all()):
+            return t
+        return torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t)
+
+    return converted(in_float64(example_inputs), lively)
 
 
 def _in_float64(tensor: Tensor, own: torch.dtype) -> Tensor:
@@ -135,6 +147,19 @@ def _masked(named: dict[str, Tensor], coupling: Coupling, gone: Tensor, change: 
         indices = (~stays[coupling.axes[name, dim]]).nonzero().flatten()
         masked[name].index_fill_(dim, indices.to(masked[name].device), 0)
     return masked
+
+
+def _observed_in_float64(
+    model: nn.Module, values: dict[str, Tensor], example_inputs: Any, factors: dict[str, Tensor]
+) -> tuple[_Run, Any]:
+    """The dense run, and what it ran on."""
+    inputs = _lively(example_inputs)
+    with suppress(Exception):
+        dense = _observe(model, values, inputs, factors)
+        if all(step.scale.isfinite().all() for step in dense.steps):
+            return dense, inputs
+    inputs = in_float64(example_inputs)
+    return _observe(model, values, inputs, factors), inputs
 
 
 def _observe(model: nn.Module, values: dict[str, Tensor], inputs: Any, factors: dict[str, Tensor]) -> _Run:
@@ -182,7 +207,7 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
         seen.module = stack[-1]
 
     def note(module: nn.Module, output: Tensor, dim: int) -> Tensor:
-        if module not in paths:
+        if module not in paths or torch._C._are_functorch_transforms_active():  # whose tensors stay inside
             return output
         output = _multiplied(output, dim, seen.factors.get(paths[module]))
         seen.steps.append(_Step(paths[module], *_digest(output, dim), seen.operations))
@@ -198,7 +223,8 @@ def _watch(model: nn.Module, inputs: Any, seen: _Run) -> None:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with untouched(model), torch.no_grad(), observed(note), _Operations(seen):
+        wide = Widened() if torch.float64 in seen.dtypes else nullcontext()
+        with untouched(model), torch.no_grad(), observed(note), wide, _Operations(seen):
             model.eval()
             seen.outputs = [t.clone() for t in tensors(run(model, copied(inputs)))]
     finally:

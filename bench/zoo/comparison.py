@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from taylorkern.coupling import Coupling
 from taylorkern.example import run, tensors
@@ -70,22 +69,6 @@ def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     finally:
         for name, buffer in model.named_buffers():
             buffer.copy_(state[name])
-
-
-class Widened(TorchFunctionMode):
-    """Within, float64 is computed where a model's code asks for float32, whose rounding would hide what differs."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is Tensor.float:
-            function = Tensor.double
-        wide = {key: _wide(value) for key, value in (kwargs or {}).items()}
-        return function(*map(_wide, args), **wide)
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
 
 
 @contextmanager

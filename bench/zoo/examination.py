@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from taylorkern.coupling import Coupling, couple
 from taylorkern.surgery import SurgeryError, cut
+from taylorkern.widened import Widened
 
-from .comparison import Widened, draw, error, masked_copy, outputs
+from .comparison import draw, error, masked_copy, outputs
 from .families import FAMILIES
 
 TOLERANCE = 1e-8

@@ -28,9 +28,8 @@ from .units import Coupling
 
 # Which of these run depends on strides and on sizes of 1: they are not compared, what is computed with them is.
 _LAYOUT = frozenset(
-    f"aten::{name}"
-    for name in "view _unsafe_view _reshape_alias clone expand t transpose permute squeeze unsqueeze as_strided detach "
-    "alias _to_copy copy_".split()
+    "view _unsafe_view _reshape_alias clone expand t transpose permute squeeze unsqueeze as_strided detach alias "
+    "_to_copy copy_".split()
 )
 
 
@@ -73,7 +72,9 @@ def attempt(model: nn.Module, scene: Scene, coupling: Coupling, unit: Tensor) ->
                 with untouched(model), torch.no_grad(), watch.running.followed(), observed(_nothing), watch:
                     model.train(scene.training)
                     run(model, inputs)
-            return None
+            if device is None or watch.met_all():
+                return None
+            continue  # fused operations run as others there
         except _DeviationError as deviation:
             failure: Failure | None = deviation.failure
         except Exception:
@@ -141,7 +142,7 @@ def _small(name: str, tensor: Tensor, coupling: Coupling, stays: Tensor, device:
         units = coupling.axes.get((name, dim))
         if units is not None and not bool(stays[units].all()):
             new = new.index_select(dim, stays[units].nonzero().flatten().to(new.device))
-    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 @dataclass
@@ -166,7 +167,7 @@ class _Watch(TorchDispatchMode):
         self._seen.pending = self._numbers.get((place, self._seen.turns[place]))
         result = func(*args, **(kwargs or {}))
         if self._seen.pending is not None:
-            if func._schema.name not in _LAYOUT:
+            if func._schema.name.removeprefix("aten::") not in _LAYOUT:
                 self._compare(self._seen.pending, func, args, kwargs or {}, result)
             self._seen.last, self._seen.pending = self._seen.pending, None
         return result
@@ -184,6 +185,14 @@ class _Watch(TorchDispatchMode):
         names = [a.name for a in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         return all(given[name] == int(self._stays[labels].sum()) for name, labels in step.counts.items())
+
+    def met_all(self) -> bool:
+        """Whether every operation of the script has been compared, those apart that only change the layout."""
+        return all(
+            self._seen.turns[step.place] >= step.turn
+            for step in self._script
+            if step.place.operation.split(".")[1] not in _LAYOUT
+        )
 
     def stopped(self) -> Failure | None:
         """The operation that failed, or where code between operations did, the one before; None where nothing ran."""
