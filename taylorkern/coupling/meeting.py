@@ -67,7 +67,7 @@ def reduction(call: Call) -> list[Strips]:
         return element_wise(call)  # max.other and its kin
     x = tensors[0]
     over = _reduced(call, x.dim())
-    kept = call.keep_unless(call.strips(x), over)
+    kept = call.owe(call.strips(x), over)
     if not call.arguments.get("keepdim"):
         kept = [s.at(s.dim - sum(d < s.dim for d in over)) for s in kept]
     return [kept] * len(call.outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import Axis, Ledger, Plane, Strip
+from .labels import Axis, Ledger, Place, Plane, Strip
 
 Strips = list[Strip]
 
@@ -23,6 +23,8 @@ class Carried:
     is_view: bool = False
     # Labels of the channels of both factors that a product of activations is made of.
     mixed: tuple[Tensor, ...] = ()
+    # Labels that freeze as soon as anything is done with this tensor, and where they were lost.
+    owed: tuple[tuple[Tensor, Place], ...] = ()
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Call:
     owned: frozenset[int] = frozenset()  # sizes that attributes of the running module hold
     makers: dict[str, bool] = field(default_factory=dict)  # of the outputs
     mixed: tuple[Tensor, ...] = ()  # of the outputs
+    owed: list[tuple[Tensor, Place]] = field(default_factory=list)  # by the outputs
     counts: dict[str, Tensor] = field(default_factory=dict)  # argument → labels that it is the number of
     vectors: list[Tensor] = field(default_factory=list)  # flops are proportional to the part kept of each
 
@@ -120,6 +123,12 @@ class Call:
         """The strips along other dimensions than ``dims``, which go or change; those along them freeze."""
         stuck = set(dims)
         return [s for s in self.freeze_along(strips, stuck) if s.dim not in stuck]
+
+    def owe(self, strips: Strips, dims: Iterable[int]) -> Strips:
+        """As :meth:`keep_unless`, but what goes freezes only if the outputs are used for anything."""
+        gone = set(dims)
+        self.owed += [(s.labels, self.ledger.here) for s in strips if s.dim in gone]
+        return [s for s in strips if s.dim not in gone]
 
     def single(self, strips: Strips, dim: int) -> Strip | None:
         """The one strip along ``dim``, or None; where several lie over one another they freeze."""

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -23,6 +24,21 @@ from .numbers import countable, heads
 from .rules import Call, Carried, Contraction, Evidence, not_understood, rule_for, signature
 from .script import Step
 from .source import line
+
+
+class _Leaving(TorchFunctionMode):
+    """Notices what makes Python objects of tensors without an operation."""
+
+    _WAYS: ClassVar = {Tensor.numpy: "numpy", Tensor.tolist: "tolist", Tensor.__array__: "__array__"}
+
+    def __init__(self, tracer: "Tracer") -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._WAYS:
+            self._tracer.left(args[0], self._WAYS[func])
+        return func(*args, **(kwargs or {}))
 
 
 class Tracer(TorchDispatchMode):
@@ -56,13 +72,14 @@ class Tracer(TorchDispatchMode):
     def trace(self, model: nn.Module, example_inputs: Any) -> None:
         """Run ``model`` and freeze what it returns: the caller's code relies on its shape."""
         self.script, self._turns = [], Counter()
-        with torch.no_grad(), self._running.followed(), observed(self._emitted), self:
+        with torch.no_grad(), self._running.followed(), observed(self._emitted), _Leaving(self), self:
             outputs = list(tensors(run(model, copied(example_inputs))))
         if not outputs:
             raise ValueError(f"{type(model).__name__} returned no tensor on the example inputs")
         self.ledger.here = Place("model output", "")
         for output in outputs:
             if found := self._carried.get(output):
+                self._pay(found)
                 self.ledger.freeze(found.strips)
                 self.given += [strip.labels for strip in found.strips]
                 self.evidence.frontier.update(found.makers)
@@ -134,6 +151,7 @@ class Tracer(TorchDispatchMode):
     def _follow(self, rule: Any, call: Call) -> None:
         for tensor in call.labelled():
             found = self._carried[tensor]
+            self._pay(found)
             call.mixed += tuple(labels for labels in found.mixed if not any(labels is known for known in call.mixed))
             for maker, exact in found.makers.items():
                 call.makers[maker] = exact and call.makers.get(maker, True)
@@ -147,8 +165,21 @@ class Tracer(TorchDispatchMode):
                 # What is written through a view shows up in its base, which can't be told who made it.
                 self.evidence.frontier.update(call.makers.keys() - earlier.makers.keys())
             is_view = views or bool(earlier and earlier.is_view)
-            self._carried[output] = Carried(strips, dict(call.makers), is_view, call.mixed)
+            self._carried[output] = Carried(strips, dict(call.makers), is_view, call.mixed, tuple(call.owed))
         self._note(call, inputs)
+
+    def _pay(self, found: Carried) -> None:
+        for labels, place in found.owed:
+            self.ledger.freeze_labels(labels, place)
+
+    def left(self, tensor: Tensor, how: str) -> None:
+        """The values of ``tensor`` leave for Python, by ``how``, where nobody can follow them."""
+        found = self._carried.get(tensor)
+        if found:
+            self._pay(found)
+            self.ledger.here = Place(how, self.module, line())
+            self.ledger.freeze(found.strips)
+            self.evidence.frontier.update(found.makers)
 
     def _note(self, call: Call, inputs: list[Tensor]) -> None:
         """Write down what this call is to make of a cut, and which numbers of its module it was given."""
