@@ -64,6 +64,8 @@ def observing() -> bool:
 
 def gate_of(module: nn.Module | None) -> Gate | None:
     """The gate in ``module``, whether it is a gated layer or carries one by a hook."""
+    if module is None:
+        return None
     # Compiled code notices a gate that comes later as an attribute, not as a new key; eager code is faster by the key.
     gate = getattr(module, "gate", None) if torch.compiler.is_compiling() else vars(module).get("gate")
     return gate if isinstance(gate, Gate) else None

@@ -29,5 +29,5 @@ def test_transformers_are_cut_in_part_and_name_what_stops_the_rest():
     row = examine("torchvision", "swin_t", seed=1)
     assert row.result == "equal", row.note
     assert row.error <= 1e-9
-    assert row.free_channels > 0.5
+    assert row.free_units > 0.5
     assert "aten.native_layer_norm.default" in [operation for operation, _, _ in row.frozen_by]
