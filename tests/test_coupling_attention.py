@@ -87,10 +87,19 @@ def masked(model: nn.Module, coupling: Coupling, removed: list[int]) -> nn.Modul
     return other
 
 
+class RotatedInPart(Attention):
+    """Turns a part of each head's channels, which may be all of them: then the rest is empty."""
+
+    def attend(self, q, k, v):
+        q, k = (torch.cat([t[..., :WIDTH].flip(2), t[..., WIDTH:]], -1) for t in (q, k))
+        return super().attend(q, k, v)
+
+
+KINDS = [Attention, ByHand, Chunked, Einsum, Counted, Biased, RotatedInPart]
 VALUES = [tuple(("2.qkv", 2 * HEADS * WIDTH + h * WIDTH + d) for d in range(WIDTH)) for h in range(HEADS)]
 
 
-@pytest.mark.parametrize("kind", [Attention, ByHand, Chunked, Einsum, Counted, Biased])
+@pytest.mark.parametrize("kind", KINDS)
 def test_heads_are_units_with_gates_on_their_values(kind):
     model = net(kind())
     coupling = couple(model, TOKENS)
@@ -102,7 +111,7 @@ def test_heads_are_units_with_gates_on_their_values(kind):
     assert coupling.axes["2.proj.weight", 1].tolist() == rows[0].flatten().tolist()
 
 
-@pytest.mark.parametrize("kind", [Attention, ByHand, Chunked, Einsum, Counted, Biased])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_attention_is_the_masked_one(kind):
     model = net(kind())
     coupling = couple(model, TOKENS)

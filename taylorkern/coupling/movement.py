@@ -140,12 +140,12 @@ def _taken(call: Call, x: Tensor, dim: int, start: int, length: int, step: int =
         return call.laid(x)
     new: Strips = []
     for strip in call.laid(x):
-        if strip.plane and dim in strip.plane.dims and dim != strip.dim:
+        if strip.plane and dim in strip.plane.dims and dim != strip.dim and length:
             at = strip.plane.dims.index(dim)
             labels = strip.plane.labels.movedim(at, 0)[start : start + length * step : step].movedim(0, at)
             new.append(strip.on(Plane(strip.plane.dims, labels)))
         else:
-            line = call.strip_of(strip) if strip.dim == dim else strip
+            line = call.strip_of(strip) if strip.dim == dim or not length else strip
             new += _replace([line], dim, lambda s: _part(call, s, start, length, step))
     return new
 
