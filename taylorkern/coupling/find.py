@@ -24,8 +24,11 @@ def couple(model: nn.Module, example_inputs: Any) -> Coupling:
     The model runs once in evaluation mode on ``example_inputs`` (a tensor, a tuple or list of arguments, or a dict
     of keyword arguments), with one label per index of every parameter dimension beside the data. Labels that meet
     go together; an operation that is not understood freezes those that come near it and is named in ``frozen``. If
-    parameters stayed unused, it runs once more in training mode, for branches that exist only there. Nothing in the
-    model changes: modes, buffers and random state are put back.
+    parameters stayed unused, it runs once more in training mode, for branches that exist only there. Attention's heads
+    go as a whole. Then cuts are tried on tensors that stand in for the model's: where its code holds a width as a
+    number, what that counts freezes, with the line named, unless it is an attribute that is known to count channels or
+    heads (``taylorkern.widths``), which follows. Nothing in the model changes: modes, buffers, other attributes and
+    random state are put back.
 
     Raises ValueError where the model does not run on the example or returns no tensor.
 
@@ -52,8 +55,8 @@ def _settled(model: nn.Module, example_inputs: Any, choices: dict[str, int]) -> 
     return found
 
 
-# Each trial that fails freezes something or takes another choice, so this ends; a network that needs more is cut
-# with less care, and surgery's own comparison refuses what is wrong.
+# Each trial that fails freezes something or takes another choice, so this ends. Should it take more, surgery's own
+# comparison refuses what is wrong.
 _TRIALS = 100
 
 
