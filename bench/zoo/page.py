@@ -22,11 +22,11 @@ means a relative difference of at most {tolerance:.0e}. A network of which nothi
 name: the operations that stop it stand in its row.
 
 None has trained weights: constants, such as normalisation statistics and the scales of branches that start at zero,
-are drawn at random so that every branch is seen. Units free is the share of the sets of channels that go together which
-can be cut (of those that can't, channels count as together only where what is computed with them says so); channels free
-is that of all layers' output channels, where a stream that many layers write to or normalise counts once for each. What
-froze the rest names operations, the line that calls them and how many channels they touch, the network's own inputs and
-outputs apart. Times are of whatever else the machine did meanwhile. This page is written by `make zoo`.
+are drawn at random so that every branch is seen. Units free is the share of the sets of channels that go together
+which can be cut (those that can't go together only where what is computed with them says so); channels free is that of
+all layers' output channels, where a stream that many layers write to or normalise counts once for each. What froze the
+rest names operations, the line that calls them and how many channels they touch, the network's own inputs and outputs
+apart. Times are of a machine that did other things meanwhile. This page is written by `make zoo`.
 
 {summary}
 """
