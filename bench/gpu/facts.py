@@ -5,6 +5,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -91,9 +92,10 @@ def copies(task: Task) -> list[dict[str, Any]]:
 
 
 def _version(package: str) -> str | None:
+    """Of an installed package, which is not imported: timm would bring torchvision along."""
     try:
-        return __import__(package).__version__
-    except ImportError:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 
