@@ -1,13 +1,15 @@
 """Attachment: the gates of one Scores in its model's layers, and those whose place they took."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .blame import stacklevel
+from .delivery import collected
 from .emission import carry, gate_of
 from .gates import Gate
 from .layers import scorable
@@ -19,6 +21,12 @@ _NO_GATE = (
     "these logits depend on no gate: make them by a forward of the scored model, gradients on, and not inside a "
     "reentrant checkpoint, whose graph does not exist before backward"
 )
+
+_CURVATURE_ERRORS = {
+    "second time": "the graph of these logits is freed: call scores.curvature before loss.backward(), not after",
+    "donated buffer": "compiled code has given memory away that scores.curvature needs: set "
+    "torch._functorch.config.donated_buffer = False before the first call of the compiled model",
+}
 
 
 class Attachment:
@@ -88,24 +96,32 @@ class Attachment:
         Raises ValueError where they depend on no gate, and RuntimeError where their graph has been freed.
         """
         leaves = [(layer, z) for layer, gate in self.gates.items() for z in gate.leaves()]
-        if not logits.requires_grad or not leaves:
+        anchors = [gate.mailbox.anchor for gate in self.gates.values()]
+        if not logits.requires_grad:
             raise ValueError(_NO_GATE)
-        try:
-            ends = [z for _, z in leaves]
+        ends = [*(z for _, z in leaves), *anchors]
+        with collected() as delivered, _explained():
             found = torch.autograd.grad(logits, ends, cotangent, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise RuntimeError(
-                "the graph of these logits is freed: call scores.curvature before loss.backward(), not after"
-            ) from error
-        arrived: dict[str, list[Tensor]] = {}
-        for (layer, _), row in zip(leaves, found, strict=True):
+        numbers = {layer: int(gate.mailbox.address) for layer, gate in self.gates.items()}
+        arrived = {layer: delivered[number] for layer, number in numbers.items() if number in delivered}
+        for (layer, _), row in zip(leaves, found[: len(leaves)], strict=True):
             if row is not None:
                 arrived.setdefault(layer, []).append(row)
         if not arrived:
             raise ValueError(_NO_GATE)
         return arrived
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What autograd says of a graph that can't be used again, in the words of ``Scores.curvature``."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = next((said for part, said in _CURVATURE_ERRORS.items() if part in str(error)), None)
+        if said is None:
+            raise
+        raise RuntimeError(said) from error
 
 
 def attached(model: nn.Module) -> "list[Scores]":

@@ -24,10 +24,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     refusing = once_differentiable(backward)
 
     @wraps(backward)
-    def run(ctx: Any, dy: Tensor) -> Any:
+    def run(ctx: Any, dy: Tensor, *rest: Any) -> Any:
         if not torch.is_grad_enabled():
-            return backward(ctx, dy)
-        return refusing(ctx, dy if dy.requires_grad else dy.detach().requires_grad_())
+            return backward(ctx, dy, *rest)
+        return refusing(ctx, dy if dy.requires_grad else dy.detach().requires_grad_(), *rest)
 
     return run
 
@@ -37,19 +37,19 @@ class ChannelGate(torch.autograd.Function):
 
     ``e`` is a gate [N, C, *S] of ones, or None: its gradient is a·dy. ``view`` shows an output-shaped tensor as
     [N, C, *S]. ``recompute`` returns ``a`` once more, for the case that y was overwritten in place (``relu_``, ``+=``)
-    after it was handed out.
+    after it was handed out. ``to`` is where both gradients are delivered instead, in compiled code, or None.
     """
 
     @staticmethod
     def forward(
-        a: Tensor, z: Tensor, e: Any, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor] | None
+        a: Tensor, z: Tensor, e: Any, view: Callable[[Tensor], Tensor], recompute: Callable[[], Tensor] | None, to: Any
     ) -> Tensor:
         # Not tracked as a view: autograd forbids in-place operations on views made inside a Function.
         return torch.ops.aten._unsafe_view.default(a, a.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *_, ctx.view, ctx.recompute = inputs
+        *_, ctx.view, ctx.recompute, ctx.to = inputs
         ctx.save_for_backward(output)
 
     @staticmethod
@@ -67,37 +67,41 @@ class ChannelGate(torch.autograd.Function):
             s = ops.channel_scores(a, dy_seen)
             if ctx.needs_input_grad[2]:
                 product = a.to(s.dtype) * dy_seen
-        return dy, s, product, None, None
+        return dy, *_delivered(ctx.to, s, product), None, None, None
 
 
 class BatchNormAct(torch.autograd.Function):
     """Backward of a batch normalisation that has run already, with a gate z [N, C] on its affine output a.
 
-    ``e`` is a gate [N, C, *S] there, or None, without an activation behind it: its gradient is a·dy.
+    ``e`` is a gate [N, C, *S] there, or None, without an activation behind it: its gradient is a·dy. ``to`` is where
+    both gradients are delivered instead, in compiled code, or None.
     ``y``, ``mean``, ``var`` and ``mask`` (or None) are what ``ops.batch_norm_act``, or torch's own forward, made of
     ``x`` without gradients; y is handed on, with the gradients of ``x``, ``residual``, ``weight``, ``bias`` and z.
     """
 
     @staticmethod
-    def forward(x: Tensor, residual: Any, weight: Any, bias: Any, z: Any, e: Any, y: Tensor, *_: Any) -> Tensor:
+    def forward(
+        x: Tensor, residual: Any, weight: Any, bias: Any, z: Any, e: Any, to: Any, y: Tensor, *_: Any
+    ) -> Tensor:
         return torch.ops.aten._unsafe_view.default(y, y.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, residual, weight, bias, _, _, _, mean, var, mask, *settings = inputs
+        x, residual, weight, bias, _, _, ctx.to, _, mean, var, mask, *settings = inputs
         _keep(ctx, x, residual, weight, bias, mean, var, output, mask, *settings)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dresidual, dweight, dbias, s = _gradients(ctx, dy)
+        saved = _saved(ctx)
+        dx, dresidual, dweight, dbias, s = _gradients(ctx, dy, saved)
         product = None
         if ctx.needs_input_grad[5]:
-            x, _, weight, bias, mean, var = ctx.saved_tensors
+            x, _, weight, bias, mean, var = saved
             product = _affine(x, weight, bias, mean, var, ctx.eps) * dy
         wanted = ctx.needs_input_grad
-        gradients = (dx, dresidual, dweight, dbias, s, product)
-        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 8
+        gradients = (dx, dresidual, dweight, dbias, *_delivered(ctx.to, s, product))
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 9
 
 
 class FusedBatchNormAct(torch.autograd.Function):
@@ -122,7 +126,7 @@ class FusedBatchNormAct(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
-        gradients = _gradients(ctx, dy)
+        gradients = _gradients(ctx, dy, _saved(ctx))
         return *(g if needed else None for g, needed in zip(gradients, wanted, strict=False)), *[None] * 7
 
 
@@ -132,6 +136,14 @@ def attach(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
         output: Tensor = function.apply(*arguments)
         return output
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _delivered(to: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The ``gradients`` of a gate's leaves, or those of its anchors, once they are delivered."""
+    if to is None:
+        return gradients
+    deliver = torch.ops.taylorkern.deliver.default
+    return tuple(None if g is None else deliver(g, at) for g, at in zip(gradients, to, strict=True))
 
 
 def _keep(
@@ -149,10 +161,10 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """What csrc/autograd.cpp leaves to Python, where a gradient or the moment is unusual: see ``_gradients``."""
     kept = SimpleNamespace(
-        saved_tensors=saved, training=training, eps=eps, activation=ops.ACTIVATIONS[activation], slope=slope,
+        training=training, eps=eps, activation=ops.ACTIVATIONS[activation], slope=slope,
         told=saved[1] is not None, needs_input_grad=(True, apart),
     )  # fmt: skip
-    return _once(kept, dy)
+    return _once(kept, dy, saved)
 
 
 def overwritten() -> None:
@@ -163,14 +175,20 @@ def overwritten() -> None:
     )
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dweight, dbias and s of what ``_keep`` has kept."""
+def _saved(ctx: Any) -> Any:
+    """What ``_keep`` has kept, taken once: a checkpoint makes it anew for everybody who asks."""
     try:
-        x, told, weight, bias, mean, var = ctx.saved_tensors
+        return ctx.saved_tensors
     except RuntimeError as error:
         if not _overwritten(error):
             raise
         overwritten()
+
+
+def _gradients(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """dx, dresidual, dweight, dbias and s of what was :func:`_saved`."""
+    x, told, weight, bias, mean, var = saved
+    assert x is not None and mean is not None and var is not None
     if told is not None and ctx.activation != "relu":
         told = told.bool()  # a hook on saved tensors may have made something else of the mask
     apart = ctx.told and ctx.needs_input_grad[1]  # else the residual's gradient is dy, or not wanted

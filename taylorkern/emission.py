@@ -99,7 +99,7 @@ def _take(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
     gate = gate_of(module)
     if gate is None or not isinstance(output, Tensor) or not gate.wanted():
         return None
-    return gated(module, gate, output, None if torch.compiler.is_compiling() else partial(_refuse, type(module)))
+    return gated(module, gate, output, partial(_refuse, type(module)))
 
 
 def _refuse(kind: type[nn.Module]) -> NoReturn:
@@ -122,8 +122,10 @@ def gated(layer: nn.Module, gate: Gate, a: Tensor, recompute: Callable[[], Tenso
         )
     batched = a.dim() > sample_dims(layer)
     view = partial(_as_ncs, batched=batched, channel_dim=channel_dim(layer, a) + (not batched))
+    if torch.compiler.is_compiling():
+        return attach(ChannelGate, a, *gate.anchors(), view, None, gate.addresses())
     shape = view(a).shape
-    return attach(ChannelGate, a, gate.leaf(shape[0], shape[1], a), gate.elements(shape, a), view, recompute)
+    return attach(ChannelGate, a, gate.leaf(shape[0], shape[1], a), gate.elements(shape, a), view, recompute, None)
 
 
 def _as_ncs(t: Tensor, batched: bool, channel_dim: int) -> Tensor:

@@ -22,8 +22,9 @@ from .channels import transposed_linear
 from .channels import width as width
 from .emission import Gated as Gated
 from .emission import Recompute, carry, gated
-from .gates import Gate
+from .gates import Addresses, Gate
 from .ops import accumulator
+from .wrapped import refuse_wrapped
 
 
 class _Affine(Gated):
@@ -163,7 +164,7 @@ GATED: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
 }
 _PARENT = {ours: torchs for torchs, ours in GATED.items()}
-_BY_OUTPUT = tuple(torchs for torchs in GATED if torchs is not nn.MultiheadAttention)
+_BY_OUTPUT = (*(torchs for torchs in GATED if torchs is not nn.MultiheadAttention), nn.SyncBatchNorm)
 
 
 def gateable(module: nn.Module) -> bool:
@@ -212,12 +213,14 @@ def convert(model: nn.Module, fuse: bool = False) -> nn.Module:
     where code could not be read (see ``taylorkern.fusion``). Backward runs once only: no
     ``create_graph`` through a fused operation.
 
-    Raises ValueError where nothing can be converted, or everything has been already.
+    Raises ValueError where nothing can be converted, or everything has been already, and for a model that is wrapped or
+    sharded (see ``taylorkern.wrapped``).
 
     >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), fuse=True)
     >>> type(model[0]) is Conv2d
     True
     """
+    refuse_wrapped(model)
     found = [module for module in model.modules() if type(module) in GATED]
     converted = any(isinstance(module, Gated) for module in model.modules())
     if not found and converted and not fuse:
@@ -299,18 +302,22 @@ def settle(layer: nn.Module) -> None:
 def _gated_batch_norm(layer: nn.modules.batchnorm._BatchNorm, gate: Gate, x: Tensor) -> Tensor:
     """Torch's own forward, bit for bit, running statistics included; the backward is ours and fills the gate."""
     layer._check_input_dim(x)
+    if torch.compiler.is_compiling():
+        return _gated_in_python(layer, x, *gate.anchors(), gate.addresses())
     z, e = gate.leaf(x.shape[0], x.shape[1], x), gate.elements(x.shape, x)
-    y = direct.gated(layer, x, z) if e is None and not torch.compiler.is_compiling() else None
-    return _gated_in_python(layer, x, z, e) if y is None else y
+    y = direct.gated(layer, x, z) if e is None else None
+    return _gated_in_python(layer, x, z, e, None) if y is None else y
 
 
-def _gated_in_python(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, z: Tensor, e: Tensor | None) -> Tensor:
+def _gated_in_python(
+    layer: nn.modules.batchnorm._BatchNorm, x: Tensor, z: Tensor, e: Tensor | None, to: Addresses | None
+) -> Tensor:
     use_batch, running = _mode(layer, x)
     with torch.no_grad():
         y, *saved = _torchs_batch_norm(layer, x, running, use_batch)
         mean, var, eps = _batch_statistics(saved, x) if use_batch else (*_copied(running, x), layer.eps)
     settings = (use_batch, eps, "none", 0.0)
-    return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, y, mean, var, None, *settings)
+    return attach(BatchNormAct, x, None, layer.weight, layer.bias, z, e, to, y, mean, var, None, *settings)
 
 
 def fused_batch_norm(
@@ -365,6 +372,11 @@ def _torchs_batch_norm(
 ) -> tuple[Tensor, ...]:
     """Output, mean and 1 / sqrt(variance + eps), by what ``F.batch_norm`` calls: cuDNN's kernel where that takes it."""
     given = (x, layer.weight, layer.bias, *running, use_batch, _momentum(layer), layer.eps)
+    if torch.compiler.is_compiling():  # which must be told that the running statistics change
+        *channels, training, momentum, eps = given[1:]
+        if running[0] is None:
+            return torch.ops.aten._native_batch_norm_legit.no_stats(x, *channels[:2], training, momentum, eps)
+        return torch.ops.aten._native_batch_norm_legit.default(x, *channels, training, momentum, eps)
     if torch._C._get_tracing_state() is not None:  # the tracer knows nothing that returns an integer
         return torch.native_batch_norm(*given)
     return torch._batch_norm_impl_index(*given, torch.backends.cudnn.enabled)[:3]

@@ -15,6 +15,7 @@ from .modes import Subject, check_mode, remove
 from .recovery import Recovery
 from .selection import Limits, ranked, selection
 from .surgeon import COST_POWER, DAMPING
+from .wrapped import refuse_wrapped
 
 
 def prune(
@@ -69,6 +70,7 @@ def prune(
     check_target(target)
     check_whole("min_channels", min_channels)
     check_mode(mode)
+    refuse_wrapped(model)
     if (importance is None) == (criterion is None):
         raise ValueError("pass either importance, one number per unit, or criterion, a name; not both and not neither")
     recovery = Recovery.of(criterion, compensate, damping, bound)

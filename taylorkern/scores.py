@@ -1,16 +1,19 @@
 """Scores: collects the gates' gradients and folds them, minibatch by minibatch, into statistics per unit."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler at once
+from torch.optim import Optimizer
 
 from . import weights
 from .attachment import Attachment
 from .blame import stacklevel
+from .boundary import Boundary
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
@@ -18,9 +21,12 @@ from .example import run, tensors
 from .folding import LayersFolding
 from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import scorable
+from .minibatch import Minibatch, Part
 from .outputs import OutputShares
+from .scaling import LossScale
 from .state import untouched
 from .statistics import Statistics, gathered
+from .wrapped import refuse_wrapped
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "scale": weights.scale,
@@ -30,6 +36,7 @@ _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", 
 _FROM_SAMPLES = ("fisher", "fisher_change_squared")
 FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
+_SUMMED = {"mean": False, "sum": True}  # what a loss is of its samples'
 # A unit that the second can't judge has no value in the first either.
 _JUDGED_BY = {"bn_gate_squared": weights.scale, "weight_squared": weights.filter_norm}
 
@@ -43,10 +50,21 @@ class Scores:
     ``layers``, if given) is a unit of its own.
 
     From then on every backward adds to the statistics: per minibatch, the s[n, c] of a unit's channels are summed
-    before any square. A minibatch is a forward with all the backwards that follow it until the next forward; the
-    loss is taken to be a mean over its N samples. A minibatch with a non-finite score is dropped whole and counted.
+    before any square. A minibatch is a forward with all the backwards that follow it until the next forward. With
+    ``optimizer``, one or several, it is what one of their steps sees: the samples of all forwards since the last step
+    are its own, as where gradients are accumulated. :meth:`step` ends one as well, and reading does; with
+    ``optimizer=()`` nothing else. A minibatch with a non-finite score is dropped whole and counted.
     A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
-    The loss must not be scaled (``GradScaler``): G would be, and h would not.
+
+    The loss of a minibatch, the sum of what its backwards start from, is taken to be the mean over its N samples: with
+    k accumulated backwards each loss is divided by k. With ``reduction`` "sum" it is their sum, and the scores are
+    divided by N. ``scaler``, a ``torch.amp.GradScaler``, is what scales it: its scale is taken out of the scores, and
+    minibatches whose step it skips are dropped and counted.
+
+    Under ``torch.compile`` scored networks are one graph (``fullgraph=True``). No forward is seen there, so every
+    backward is taken for one of another forward, unless the one before had ``retain_graph=True``: add several losses
+    up, or G alone is right. :meth:`curvature` needs ``torch._functorch.config.donated_buffer = False``.
+    Under a ``torch.func`` transform nothing is scored, with a warning.
 
     On a GPU nothing here waits for it but the first minibatch, which moves indices there, and reading. A CUDA graph
     holds a whole step, :meth:`fold` at its end, captured after a few steps and a ``fold()`` outside: each replay then
@@ -92,7 +110,13 @@ class Scores:
         gram_budget: int = 2**31,
         gram_rows: int = 4096,
         coupling: Coupling | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scaler: Any = None,
+        reduction: str = "mean",
     ) -> None:
+        if reduction not in _SUMMED:
+            raise ValueError(f"reduction={reduction!r} is not one of {', '.join(map(repr, _SUMMED))}")
+        refuse_wrapped(model)
         if not any(scorable(module) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no gated layer; call taylorkern.convert(model) first")
         if layers is not None and example_inputs is not None:
@@ -106,6 +130,10 @@ class Scores:
         self.model, self.seed = model, seed
         self._h: Tensor | None = None  # curvature [U] of the minibatch under way
         self._rows: list[Tensor] = []  # those whose squares it is, if they are kept
+        self._parts: list[Part] = []  # of the minibatch under way, but for what has arrived since its last forward
+        self._summed, self._loss_scale = _SUMMED[reduction], LossScale(scaler)
+        self._backward: int | None = None  # that has delivered from compiled code since then
+        self._repeats = False  # whether its graph is kept for another one
         alone = example_inputs is None
         if coupling is not None and not coupling.fits(model):
             raise ValueError("coupling= is of another model, or of this one before or after a cut; leave it out")
@@ -133,6 +161,9 @@ class Scores:
         for other in others:
             other.detach()
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
+        self._boundary = Boundary(
+            optimizer, *(_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
+        )
         self.reset()
 
     @property
@@ -259,6 +290,8 @@ class Scores:
         if self._asked % every_n:
             self._asked += 1
             return
+        if self._backward is not None and not self._repeats:
+            self.forward_begins()  # in compiled code, where nothing has told of it
         h = torch.zeros((), dtype=torch.float64)
         rows: list[Tensor] = []
         repeats = draws if method != "exact" else 1
@@ -273,13 +306,56 @@ class Scores:
         self._rows = [some.div_(repeats**0.5) for some in rows]
         self._asked += 1
 
-    @property
-    def curvature_waits(self) -> bool:
-        """Whether a curvature is there whose minibatch has not been folded."""
-        return self._h is not None
+    def step(self) -> bool:
+        """End the minibatch under way; False where the ``scaler`` skipped its step, and it is dropped and counted.
 
-    def forget_curvature(self) -> None:
-        """Drop a curvature that waits; a new forward does, so that it never joins another minibatch's scores."""
+        ``Pruner.step`` calls it. In a loop of your own it is needed only with ``optimizer=()``, or at once behind
+        ``scaler.update()`` to know of a skipped step.
+        """
+        self._close()
+        if self._parts and self._boundary.hooked:  # still here, so no optimiser has stepped
+            self._loss_scale.skip()
+        self.fold()
+        return not self._loss_scale.skipped
+
+    def step_begins(self, optimizer: Optimizer) -> None:
+        """An optimiser says so: a forward within its step follows what has arrived by now."""
+        self._close()
+
+    def step_ends(self, optimizer: Optimizer) -> None:
+        """An optimiser says so: the minibatch ends."""
+        # Of an optimiser that takes the scaler's finding along, and is called even where it is to skip the step.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            self._loss_scale.skip(found_inf)
+        self.fold()
+
+    @property
+    def expects_forward(self) -> bool:
+        """Whether the next forward is to be told of even if no score has arrived."""
+        return self._h is not None or self._loss_scale.unknown
+
+    @_disable_dynamo
+    def forward_begins(self) -> None:
+        """Gates say so. What has arrived was the last forward's, and a curvature that no backward followed is gone."""
+        self._close()
+        if self._parts and (self._boundary.between_forwards or self._loss_scale.fell()):
+            self.fold()
+        if torch.is_grad_enabled():
+            self._forget_curvature()
+            self._loss_scale.note()
+
+    def backward_delivers(self) -> None:
+        """Gates say so, in compiled code, whose forwards nobody sees: another backward was one of another forward."""
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        if self._backward is not None and not self._repeats:
+            self.forward_begins()
+        self._backward, self._repeats = backward, torch._C._autograd._get_current_graph_task_keep_graph()
+        self._loss_scale.note()
+
+    def _forget_curvature(self) -> None:
         self._h, self._rows = None, []
 
     def reset(self) -> None:
@@ -296,6 +372,7 @@ class Scores:
         """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
         self.fold()
         self._attachment.detach()
+        self._boundary.remove()
         if self._weight_squares:
             self._weight_squares.detach()
 
@@ -307,6 +384,7 @@ class Scores:
             **self._statistics.state_dict(),
             "asked": self._asked,
             "silent": sorted(self._silent),
+            "uneven": self._uneven,
         }
         return state | ({"gram": self._gram.state_dict()} if self._gram else {})
 
@@ -322,7 +400,7 @@ class Scores:
         if self._gram:
             self._gram.load_state_dict(state["gram"])
         self._asked = state["asked"]
-        self._silent = set(state["silent"])
+        self._silent, self._uneven = set(state["silent"]), state.get("uneven", "")
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Add a :meth:`state_dict` of the same model, from another process or epoch: its minibatches join those here.
@@ -339,6 +417,7 @@ class Scores:
         self._statistics.merge(state)
         self._asked += state["asked"]
         self._silent &= set(state["silent"])
+        self._uneven = self._uneven or state.get("uneven", "")
 
     def all_reduce(self, group: Any = None) -> None:
         """Have in every process of ``group`` (``torch.distributed``; all by default) the minibatches of all of them.
@@ -389,7 +468,7 @@ class Scores:
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
         self.fold()
-        self.forget_curvature()
+        self._forget_curvature()
         self.coupling = coupling
         self._by_unit = LayersFolding(coupling)
         self._statistics.keep(kept)
@@ -398,33 +477,49 @@ class Scores:
 
     @_disable_dynamo
     def fold(self) -> None:
-        """Add the scores that have arrived to the statistics; called by itself before the next forward or reading."""
+        """Add what has arrived to the statistics, as a minibatch; called by itself when one ends, and by reading."""
+        self._close()
+        parts, self._parts = self._parts, []
+        if not parts:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            minibatch = Minibatch(parts, self._loss_scale.factor(), self._summed)
+            source = CURVATURE if minibatch.curved else FISHER
+            rows = minibatch.rows(self._by_unit.rows) if self._gram and self._gram.wants(source) else []
+            finite = self._statistics.add(self._values(minibatch), minibatch.curved)
+            if self._gram and self._gram.wants(source):
+                self._gram.add(rows, finite, source)
+        self._loss_scale.end()
+
+    def _close(self) -> None:
+        """Set apart what the last forward's backwards have brought: what arrives from now on is another one's."""
         arrived = self._attachment.drain()
         if not arrived:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            minibatch, curved = self._minibatch(arrived), self._h is not None
-            rows = self._rows if curved else self._gram_rows(arrived, FISHER)
-            finite = self._statistics.add(minibatch, curved)
-            if self._gram and self._gram.wants(source := CURVATURE if curved else FISHER):
-                self._gram.add(rows, finite, source)
-        self.forget_curvature()
+        self._silent.difference_update(arrived)
+        self._uneven = self._uneven or _uneven(arrived)
+        shares = None
+        if self._outputs:
+            with torch.inference_mode(False), torch.no_grad():
+                device = next(iter(arrived.values()))[0].device
+                shares = self._output_shares(self._attachment.drain_elements(), self.coupling, device)
+        self._parts.append(Part(arrived, self._h, self._rows, shares))
+        self._forget_curvature()
+        self._backward = None
 
     def _discard(self) -> None:
         self._attachment.drain()
         self._attachment.drain_elements()
-        self.forget_curvature()
+        self._forget_curvature()
+        self._parts, self._backward = [], None
+        self._loss_scale.end()
         if self._weight_squares:
             self._weight_squares.clear()
 
-    def _minibatch(self, arrived: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    def _values(self, minibatch: Minibatch) -> dict[str, Tensor]:
         """The minibatch's own value of every statistic, [U] each."""
-        self._silent.difference_update(arrived)
-        self._uneven = self._uneven or _uneven(arrived)
-        gate, fisher = self._by_unit.gradients(arrived)
-        of_bn = {layer: scores for layer, scores in arrived.items() if layer in self._attachment.batch_norms}
-        bn_gate = gate if len(of_bn) == len(arrived) else torch.zeros_like(gate) + self._by_unit.gradients(of_bn)[0]
-        minibatch = {
+        gate, bn_gate, fisher, h = minibatch.values(self._by_unit, self._attachment.batch_norms)
+        values = {
             "gate": gate,
             "gate_squared": gate.square(),
             "gate_abs": gate.abs(),
@@ -432,15 +527,14 @@ class Scores:
             "bn_gate_squared": bn_gate.square(),
             "fisher_change_squared": (fisher / 2 - gate).square(),
         }
-        if self._h is not None:
-            signed = self._h / 2 - gate
-            minibatch |= {"curvature": self._h, "change": signed, "change_squared": signed.square()}
+        if h is not None:
+            signed = h / 2 - gate
+            values |= {"curvature": h, "change": signed, "change_squared": signed.square()}
         if self._outputs:
-            products = self._attachment.drain_elements()
-            minibatch["output_abs"] = self._output_shares(products, self.coupling, gate.device)
+            values["output_abs"] = minibatch.shares()
         if self._weight_squares:
-            minibatch["weight_squared"] = self._weight_squares.drain(self.coupling, gate.device)
-        return minibatch
+            values["weight_squared"] = minibatch.scaled(self._weight_squares.drain(self.coupling, gate.device), 2)
+        return values
 
     def _gram_rows(self, arrived: Mapping[str, list[Tensor]], source: str) -> list[Tensor]:
         """The rows of a Gram matrix, none where they would not count."""
@@ -515,6 +609,18 @@ class Scores:
                 f"{type(self.model).__name__} returns nothing that can be differentiated back to a gate on the example "
                 "inputs; scores need an output (logits, a loss) that depends on the layers with gradients on"
             )
+
+
+def _telling(
+    scores: "weakref.ref[Scores]", event: Callable[["Scores", Optimizer], None]
+) -> Callable[[Optimizer], None]:
+    """What an optimiser's step does to these scores, which may be gone by then."""
+
+    def tell(optimizer: Optimizer) -> None:
+        if (found := scores()) is not None:
+            event(found, optimizer)
+
+    return tell
 
 
 def _uneven(arrived: Mapping[str, list[Tensor]]) -> str:

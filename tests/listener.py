@@ -9,18 +9,18 @@ from taylorkern.layers import scorable
 class Listener:
     """Gates in ``layers`` of ``model``, in all that can take one where none are named."""
 
-    curvature_waits = False
+    expects_forward = False
 
     def __init__(self, model: nn.Module, layers: list[str] | None = None, every_element: bool = False) -> None:
         self.model = model
         names = [name for name, module in model.named_modules() if scorable(module)] if layers is None else layers
         self.attachment = Attachment(self, model, names, every_element)
 
-    def fold(self) -> None:
+    def forward_begins(self) -> None:
         """Nothing is folded: what has arrived waits for ``heard``, or for the next forward to add to it."""
 
-    def forget_curvature(self) -> None:
-        """No curvature is kept."""
+    def backward_delivers(self) -> None:
+        """Nor in compiled code."""
 
     def heard(self) -> dict[str, list[Tensor]]:
         return self.attachment.drain()

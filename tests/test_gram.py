@@ -196,7 +196,7 @@ def test_a_loss_without_cotangents_is_refused_at_once():
     model, scores = made()
     with pytest.raises(ValueError, match="gave no cotangent"):
         scores.curvature(model(batch(0)[0]), loss=lambda logits, targets: [])
-    assert not scores.curvature_waits
+    assert not scores.expects_forward
 
 
 class Folded(nn.Module):

@@ -11,6 +11,7 @@ from ..attention import understood
 from ..blame import stacklevel
 from ..example import repeated
 from ..state import named_tensors, untouched
+from ..wrapped import refuse_wrapped
 from .labels import Ledger
 from .rules import Evidence
 from .tracer import Tracer
@@ -30,7 +31,8 @@ def couple(model: nn.Module, example_inputs: Any) -> Coupling:
     heads (``taylorkern.widths``), which follows. Nothing in the model changes: modes, buffers, other attributes and
     random state are put back.
 
-    Raises ValueError where the model does not run on the example or returns no tensor.
+    Raises ValueError where the model does not run on the example or returns no tensor, and for one that is wrapped or
+    sharded (see ``taylorkern.wrapped``).
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -38,6 +40,7 @@ def couple(model: nn.Module, example_inputs: Any) -> Coupling:
     >>> coupling.units[3].places, coupling.axes["3.weight", 1].tolist()
     ((('0', 3),), [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
     """
+    refuse_wrapped(model)
     choices: dict[str, int] = {}  # of the splits in the model's code, by site
     with understood(model):
         found = _settled(model, example_inputs, choices)
