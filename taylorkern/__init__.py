@@ -4,6 +4,7 @@ from . import backends as _backends  # noqa: F401  registers the operations' imp
 from ._version import __version__
 from .attention import MultiheadAttention
 from .autograd import InplaceError
+from .checkpoints import Checkpoints
 from .coupling import couple
 from .layers import (
     BatchNorm1d,
@@ -34,6 +35,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Checkpoints",
     "Conv1d",
     "Conv2d",
     "Conv3d",
