@@ -1,6 +1,7 @@
 """Edits: changes of tensors, optimisers' states and attributes that are made together or not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,24 @@ def attribute(module: nn.Module, name: str, new: Any) -> Edit:
     return Edit(lambda: setattr(module, name, new), lambda: setattr(module, name, old))
 
 
+_confirmations: list[Callable[[], None]] = []
+
+
+@contextmanager
+def confirmed(confirm: Callable[[], None]) -> Iterator[None]:
+    """Within, ``confirm`` is called when edits have been made, which are undone where it raises."""
+    _confirmations.append(confirm)
+    try:
+        yield
+    finally:
+        _confirmations.remove(confirm)
+
+
 def perform(edits: Iterable[Edit], attributes: Callable[[], Iterable[tuple[nn.Module, str, Any]]] = list) -> None:
-    """Make all edits, then give the modules the ``attributes`` that this asks for; all undone where one fails."""
+    """Make all edits, then give the modules the ``attributes`` that this asks for; all undone where one fails.
+
+    So they are where one is not :func:`confirmed`.
+    """
     done: list[Edit] = []
     try:
         for edit in edits:
@@ -66,6 +83,8 @@ def perform(edits: Iterable[Edit], attributes: Callable[[], Iterable[tuple[nn.Mo
         for module, name, value in attributes():
             done.append(attribute(module, name, value))
             done[-1].do()
+        for confirm in _confirmations:
+            confirm()
     except BaseException:
         for edit in reversed(done):
             edit.undo()

@@ -14,6 +14,7 @@ from .following import known_coupling, listed
 from .living import Judged
 from .masks import masked_units
 from .modes import Subject, check_mode, remove
+from .processes import Processes
 from .recovery import Recovery
 from .scores import Scores
 from .selection import Limits, selection
@@ -41,11 +42,19 @@ class Pruner:
     are not chosen again and count as gone. :meth:`cut` then takes them away, whenever it is called; a round in mode
     "cut" does so as well, and :attr:`mode` may be changed between rounds.
 
+    With ``optimizer`` a minibatch of the scores is what one of its steps sees, however many backwards that were;
+    without, each forward is one. ``scaler`` (``torch.amp.GradScaler``) and ``reduction`` say how the loss is scaled and
+    whether it is a mean or a sum, see ``Scores``; a step that the scaler skips does not count for a round.
+
     ``copies`` of the model, one or several (averages of its weights: ``torch.optim.swa_utils.AveragedModel``), go
     through everything with it; see ``taylorkern.surgery.cut`` for what makes a copy, and for the optimisers.
 
-    Of several processes that train one model (``DistributedDataParallel``), each makes a pruner of the model inside and
-    calls ``pruner.scores.all_reduce()`` before a step that ends a round; otherwise each chooses by its own minibatches.
+    Of several processes that train one model (``DistributedDataParallel``), each makes a pruner of the model inside,
+    and all call :meth:`step` and :meth:`cut` alike. At the end of a round the statistics of all in ``group`` ("world",
+    a process group of ``torch.distributed``, or None for this process by itself) are added up, and all remove the same
+    units; if one fails or they would differ, all raise and nothing has changed. After a cut wrap the model anew,
+    ``ddp = DistributedDataParallel(model)``: the old wrapper averages no gradient any more, which the first step
+    afterwards notices, for then the parameters differ. In mode "mask" nothing needs to be wrapped again.
 
     Raises ValueError for a target outside (0, 1] or one that can't be reached, an unknown ``of``, criterion or mode,
     copies that are none, and whatever ``Scores`` refuses.
@@ -86,6 +95,9 @@ class Pruner:
         gram_budget: int = 2**31,
         mode: str = "cut",
         copies: nn.Module | Iterable[nn.Module] | None = None,
+        group: Any = "world",
+        scaler: Any = None,
+        reduction: str = "mean",
     ) -> None:
         check_target(target)
         check_mode(mode)
@@ -95,6 +107,7 @@ class Pruner:
             raise ValueError(f"momentum={momentum} must be in [0, 1)")
         if example_inputs is None:
             raise ValueError("pruning needs example_inputs: without them nobody knows which channels go together")
+        self._processes, self._cut_lately = Processes(group), False
         self._selection = selection(criterion, momentum, damping, cost_power)
         self._recovery = Recovery.of(criterion, compensate, damping, bound)
         self._subject = Subject.of(model, example_inputs, listed(optimizer), copies)
@@ -107,7 +120,7 @@ class Pruner:
         wanted = gram if self._recovery.wanted else None
         self.scores = Scores(
             model, example_inputs, criteria=[criterion], seed=seed, gram=wanted, gram_budget=gram_budget,
-            coupling=self._living.whole,
+            coupling=self._living.whole, optimizer=listed(optimizer) or None, scaler=scaler, reduction=reduction,
         )  # fmt: skip
         self._meter = self._dense.meter
         self._steps = 0
@@ -127,27 +140,29 @@ class Pruner:
 
         Places of returned units are channel numbers from before a cut, and go on to be right where they are masked.
         Raises RuntimeError in a round without a single usable minibatch; with everything as it was, SurgeryError where
-        a cut can't be verified or an optimiser can't go on, and ValueError where the curvature is singular in spite of
-        the damping or a folded gate overflows a weight's dtype.
+        a cut can't be verified or an optimiser can't go on, ValueError where the curvature is singular in spite of
+        the damping or a folded gate overflows a weight's dtype, and RuntimeError where another process of the group
+        fails or the processes differ.
         """
         self._subject.hold()
-        if self.done:
+        counts = self.scores.step()
+        if counts:
+            self._check_wrapped_anew()
+        if self.done or not counts:
             return []
         steps = self._steps + 1
         if steps % self.every:
             self._steps = steps
             return []
-        limits = Limits(self._meter, self.target * self._dense.total, self.min_channels, self.round_step)
-        judged = Judged(self.scores, self._living)
-        chosen = self._selection.choose(judged, limits)
-        if not len(chosen):
-            raise RuntimeError(
-                f"target={self.target} of {self.of} can't be reached: {self.kept:.3f} is left and no unit may go any "
-                f"more (min_channels={self.min_channels}, criterion {self.criterion})"
-            )
-        units = remove(self.mode, self._subject, self._living, chosen, self._recovery.gates(judged, chosen))
+        with self._processes.together(self.model) as ballot, self._processes.reduced(self.scores):
+            judged = Judged(self.scores, self._living)
+            chosen = self._choose(judged)
+            gates = self._recovery.gates(judged, chosen)
+            ballot.same("choice", chosen, gates)
+            units = remove(self.mode, self._subject, self._living, chosen, gates)
         self._selection.follow(self._living.without(chosen))
         self._look_again()
+        self._cut_lately = self.mode == "cut"
         self.scores.reset()
         self._steps = steps  # only now: a step that was refused is to be tried again
         return units
@@ -159,8 +174,10 @@ class Pruner:
         everything as it was, where the cut can't be verified or an optimiser can't go on.
         """
         self._subject.hold()
-        units = self._subject.cut(self._living.whole, torch.zeros(0, dtype=torch.int64))
+        with self._processes.together(self.model):
+            units = self._subject.cut(self._living.whole, torch.zeros(0, dtype=torch.int64))
         self._look_again()
+        self._cut_lately |= bool(units)
         return units
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,13 +204,31 @@ class Pruner:
         living = kept[~torch.isin(kept, masked)]
         if not bool(torch.isin(kept, here).all() and torch.isin(living, here[self._living.units]).all()):
             raise ValueError("this model lacks units that the state still has; build the dense model anew")
-        self._subject.cut_only(self.scores.coupling, (~torch.isin(here, kept)).nonzero().flatten())
+        gone = (~torch.isin(here, kept)).nonzero().flatten()
+        self._subject.cut_only(self.scores.coupling, gone)
         coupling = self.scores.coupling
         self._subject.mask(coupling, torch.isin(coupling.dense, masked).nonzero().flatten())
         self._look_again()
         self.scores.load_state_dict(state["scores"])
-        self._steps = state["steps"]
+        self._steps, self._cut_lately = state["steps"], bool(len(gone))
         self._selection.smoothed = None if state["smoothed"] is None else state["smoothed"].clone()
+
+    def _choose(self, judged: Judged) -> torch.Tensor:
+        """Indices of the units that go in this round. Raises RuntimeError where none may."""
+        limits = Limits(self._meter, self.target * self._dense.total, self.min_channels, self.round_step)
+        chosen = self._selection.choose(judged, limits)
+        if not len(chosen):
+            raise RuntimeError(
+                f"target={self.target} of {self.of} can't be reached: {self.kept:.3f} is left and no unit may go any "
+                f"more (min_channels={self.min_channels}, criterion {self.criterion})"
+            )
+        return chosen
+
+    def _check_wrapped_anew(self) -> None:
+        """In the first step after a cut: raises RuntimeError where it has drawn the processes' parameters apart."""
+        if self._cut_lately:
+            self._processes.check_alike(self.model)
+            self._cut_lately = False
 
     def _look_again(self) -> None:
         """Units have gone: which are left, and what they cost."""
