@@ -7,5 +7,5 @@ SOURCES = ["**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh", "**/*.sh"]
 setup(
     packages=[*find_packages(include=["taylorkern", "taylorkern.*"]), "taylorkern.csrc"],
     package_dir={"taylorkern.csrc": "csrc"},
-    package_data={"taylorkern": ["py.typed", "backends/measured.json"], "taylorkern.csrc": SOURCES},
+    package_data={"taylorkern": ["py.typed", "backends/measured.json", "job/page.html"], "taylorkern.csrc": SOURCES},
 )

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import taylorkern as tk
+from taylorkern.arguments import names, positive
 from taylorkern.backends.toolchain import BuildError
+from taylorkern.errors import CommandError, one_line
+from taylorkern.job.options import add_prune, add_score
 from taylorkern.resolve import ResolveError, resolve
 
 STDOUT = "-"
-
-
-class CommandError(RuntimeError):
-    """What the user asked for can't be done; the message says why and what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         return added
 
+    add_prune(add("prune", _prune, "train, score, prune and fine-tune a network on a folder of images, and report"))
+    add_score(add("score", _score, "score every unit of a network on a folder of images"))
     demo = add("demo", _demo, "train, score, prune and fine-tune a small network on digits, and compare")
     demo.add_argument("--out", type=Path, metavar="DIR", help="keep the summary, network and pictures here")
     demo.add_argument("--quick", action="store_true", help="a shorter training, under a minute")
@@ -75,26 +76,16 @@ def _add_oracle_options(command: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE.py:FUNCTION", help="returns an iterable of (inputs, targets), called with the seed if "
         "it takes one (default: digits)")  # fmt: skip
     add("--loss", default="cross_entropy", metavar="NAME", help="cross_entropy (default), mse or bce_with_logits")
-    add("--criteria", type=_names, metavar="A,B,...", help="criteria to compare (default: all that apply)")
-    add("--methods", type=_names, default=["sketch"], metavar="A,B,...",
+    add("--criteria", type=names, metavar="A,B,...", help="criteria to compare (default: all that apply)")
+    add("--methods", type=names, default=["sketch"], metavar="A,B,...",
         help="curvature for the criteria that need it: sketch (default), mc, exact")  # fmt: skip
-    add("--units", type=_positive, metavar="K", help="a random sample of K units of each network (default: all)")
-    add("--minibatches", type=_positive, metavar="B", help="the first B of the data (default 8, with --quick 3)")
-    add("--seeds", type=_positive, metavar="N", help="networks, of seeds 0 to N-1 (default 3, with --model 1)")
-    add("--together", type=_positive, default=16, metavar="K", help="units measured in one forward (default 16)")
+    add("--units", type=positive, metavar="K", help="a random sample of K units of each network (default: all)")
+    add("--minibatches", type=positive, metavar="B", help="the first B of the data (default 8, with --quick 3)")
+    add("--seeds", type=positive, metavar="N", help="networks, of seeds 0 to N-1 (default 3, with --model 1)")
+    add("--together", type=positive, default=16, metavar="K", help="units measured in one forward (default 16)")
     add("--quick", action="store_true", help="a shorter training of the default network, fewer minibatches")
     add("--out", type=Path, metavar="DIR", help="keep measurements here, to go on from after an interruption, and "
         "comparison.json, table.txt and scatter plots")  # fmt: skip
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _oracle(options: argparse.Namespace) -> None:
@@ -162,6 +153,37 @@ def _repeating(options: argparse.Namespace) -> str:
     }
     words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     return shlex.join(["taylorkern", "oracle", *words, *(["--quick"] if options.quick else [])])
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from taylorkern.job.run import run
+    from taylorkern.job.settings import Settings
+
+    settings = Settings.of_options(options)
+    try:
+        summary = run(settings, options.restart)
+    except (ValueError, RuntimeError) as error:  # torch's own as well: a model that does not fit its data
+        raise _as_command_error(error) from error
+    except KeyboardInterrupt:
+        print("taylorkern: the same command goes on from the last checkpoint", file=sys.stderr)
+        raise
+    _answer(options.json, summary, _table)
+    print(f"pruned.safetensors, report.html and summary.json are in {settings.out}", file=sys.stderr)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from taylorkern.job import score
+
+    try:
+        result = score.score(options)
+    except (ValueError, RuntimeError) as error:
+        raise _as_command_error(error) from error
+    _answer(options.json, result, score.tell)
+    print(f"the scores are in {options.out}", file=sys.stderr)
+
+
+def _as_command_error(error: Exception) -> Exception:
+    return error if isinstance(error, CommandError | ResolveError) else CommandError(one_line(error))
 
 
 def _check_installed(what: str, packages: Sequence[str]) -> None:

@@ -9,18 +9,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_MEANING = {"seed": "the seed", "num_classes": "the number of classes"}
+
 
 class ResolveError(RuntimeError):
     """What the user named is not there, can't be called, or failed; the message is one line."""
 
 
-def resolve(named: str) -> Callable[[int], Any]:
-    """The function ``named`` as FILE.py:NAME, to be called with a seed; the file's folder is importable from it.
+def resolve(named: str, passed: str = "seed") -> Callable[[int], Any]:
+    """The function ``named`` as FILE.py:NAME, to be called with one number; the file's folder is importable from it.
 
-    The seed is passed on to a parameter called ``seed``, or to the only one without a default; a function that has
+    The number is passed on to a parameter called ``passed``, or to the only one without a default; a function that has
     neither is called without arguments.
 
-    Raises ResolveError where there is no such file or name, it is not callable or wants more than a seed, or the
+    Raises ResolveError where there is no such file or name, it is not callable or wants more than one argument, or the
     import fails; the function returned raises it where the user's own does.
     """
     file, _, name = named.rpartition(":")
@@ -36,7 +38,7 @@ def resolve(named: str) -> Callable[[int], Any]:
     function = getattr(module, name)
     if not callable(function):
         raise ResolveError(f"{name} in {file} is a {type(function).__name__}, not a function")
-    return _seeded(function, named)
+    return _called(function, named, passed)
 
 
 @cache  # a file that holds both the model and the data runs once
@@ -54,8 +56,8 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _seeded(function: Callable[..., Any], named: str) -> Callable[[int], Any]:
-    """``function`` with its seed at the right place, and its failures in one line."""
+def _called(function: Callable[..., Any], named: str, passed: str) -> Callable[[int], Any]:
+    """``function`` with its number at the right place, and its failures in one line."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # built in, without a signature
@@ -63,14 +65,14 @@ def _seeded(function: Callable[..., Any], named: str) -> Callable[[int], Any]:
     fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in fixed]
     if len(wanted) > 1:
-        raise ResolveError(f"{named} wants {', '.join(wanted)}; it gets at most one argument, the seed")
-    by_keyword = any(p.name == "seed" and p.kind is not p.POSITIONAL_ONLY for p in parameters)
+        raise ResolveError(f"{named} wants {', '.join(wanted)}; it gets at most one argument, {_MEANING[passed]}")
+    by_keyword = any(p.name == passed and p.kind is not p.POSITIONAL_ONLY for p in parameters)
 
-    def call(seed: int) -> Any:
+    def call(number: int) -> Any:
         try:
             if by_keyword:
-                return function(seed=seed)
-            return function(seed) if wanted else function()
+                return function(**{passed: number})
+            return function(number) if wanted else function()
         except Exception as error:
             raise ResolveError(f"{named} failed{_told(error)}") from error
 

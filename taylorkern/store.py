@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import container, naming, plan
+from .canonical import canonical
 from .container import StoreError, shown
-from .files import replace
+from .files import replacing
 from .masks import mask_of
 from .reshaping import Reshaping, reshaping
 from .state import replace_data
@@ -37,8 +38,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     its weights), compiled or wrapped in ``DataParallel`` or ``DistributedDataParallel``: names are those of the model
     inside. Beside the tensors it holds the modules' counts of channels and heads (``num_heads``, ``groups`` ...).
 
-    The file is complete or absent: it is written beside ``path`` and then renamed, so an older file survives
-    a failure. Weights in channels_last are stored contiguous; ``load`` gives them the model's own layout.
+    The same network gives the same bytes. The file is complete or absent: it is written beside ``path`` and then
+    renamed, so an older file survives a failure. Weights in channels_last are stored contiguous; ``load`` gives them
+    the model's own layout.
 
     Raises StoreError where the target can't be written, or the model holds what a safetensors file can't
     carry: extra state, uninitialised, meta, sparse, quantised or distributed tensors; also at a ScriptModule and at an
@@ -64,7 +66,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         {name: counts for name, module in named.items() if (counts := widths(module))},
     ).metadata()
     try:
-        replace(path, safetensors.torch.save(stored, metadata))
+        with replacing(path) as file:
+            file.writelines(canonical(safetensors.torch.save(stored, metadata)))
     except OSError as error:
         where = os.path.realpath(path)
         raise StoreError(f"can't write {where}: {error}; give a path in a writable folder with room") from error

@@ -79,20 +79,3 @@ def test_shift_moves_each_image_by_at_most_one_pixel():
     for image, around in zip(moved, padded, strict=True):
         windows = [around[:, r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
         assert any(torch.equal(image, window) for window in windows)
-
-
-def test_latencies_take_turns():
-    calls = []
-
-    class Noted(nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
-
-        def forward(self, x):
-            calls.append(self.name)
-            return x
-
-    measure.latencies({"a": Noted("a"), "b": Noted("b")}, torch.zeros(1), rounds=3)
-    assert calls[::2] == ["a"] * 8
-    assert calls[1::2] == ["b"] * 8

@@ -1,8 +1,5 @@
 """What the dense and the pruned network are compared by, each figure measured on the networks themselves."""
 
-import time
-from statistics import median
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,19 +26,6 @@ def size(model: nn.Module, image: Tensor) -> dict[str, int]:
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "flops": counter.get_total_flops(),
     }
-
-
-@torch.inference_mode()
-def latencies(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
-    """Median milliseconds of one forward per model, the models taking turns under the same noise."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for timed in [False] * 5 + [True] * rounds:
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(images)
-            if timed:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * median(taken) for name, taken in times.items()}
 
 
 def widths(model: nn.Module) -> dict[str, int]:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import taylorkern as tk
-from taylorkern.selection import SURGEON, asks_for_curvature, selection
+from taylorkern.job import latency, ranks
+from taylorkern.selection import asks_for_curvature, selection
 
 from . import measure
 from .data import Digits, digits, minibatches
 from .network import DigitsNet
 
 BATCH = 64
-RANKED_BY = {SURGEON: "taylor_so"}  # in the picture of single channels, which a choice of sets has no number for
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Demo:
             while not pruner.done:
                 self._learn(plan.pruning_rate, pruner.scores if asks_for_curvature(plan.criterion) else None)
                 if not self.importance and pruner.scores.minibatches == plan.every:
-                    self.importance = _by_layer(pruner.scores, RANKED_BY.get(plan.criterion, plan.criterion))
+                    self.importance = ranks.importances(pruner.scores, plan.criterion)
                 if pruner.step():
                     self._record(pruner)
                     accuracy = self.history[-1]["accuracy"]
@@ -157,12 +157,12 @@ def _saved_and_loaded(model: nn.Module, path: Path, images: Tensor) -> nn.Module
 
 def _compare(demo: Demo, models: dict[str, nn.Module]) -> dict[str, Any]:
     test, labels = demo.data.test_images, demo.data.test_labels
-    latency = measure.latencies(models, test[:BATCH], demo.plan.latency_rounds)
+    milliseconds = latency.compare(models, test[:BATCH], demo.plan.latency_rounds)
     figures = {
         name: {
             **measure.held_out(model, test, labels),
             **measure.size(model, test[:1]),
-            "latency_ms": latency[name],
+            "latency_ms": milliseconds[name],
         }
         for name, model in models.items()
     }
@@ -180,14 +180,5 @@ def _compare(demo: Demo, models: dict[str, nn.Module]) -> dict[str, Any]:
         "widths": {name: measure.widths(model) for name, model in models.items()},
         "history": demo.history,
         "importance": demo.importance,
-        "ranked_by": RANKED_BY.get(demo.plan.criterion, demo.plan.criterion),
+        "ranked_by": ranks.ranking(demo.plan.criterion),
     }
-
-
-def _by_layer(scores: tk.Scores, criterion: str) -> dict[str, list[float]]:
-    """Each layer's importances, in the network's order; a unit of several layers counts in each of them."""
-    layers: dict[str, list[float]] = {name: [] for name, _ in scores.model.named_modules()}
-    for unit, importance in zip(scores.units, scores.importance(criterion).tolist(), strict=True):
-        for layer in dict.fromkeys(layer for layer, _ in unit.places):
-            layers[layer].append(importance)
-    return {layer: importances for layer, importances in layers.items() if importances}

@@ -1,0 +1,1 @@
+"""The command `taylorkern prune`: training, pruning, fine-tuning and a report, resumable at any moment."""
