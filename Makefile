@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11-3.13 and a C++ compiler:
 # make .venv, install what constraints.txt pins (again only when pyproject.toml or the pins change), run.
 # PYTHON=... chooses the interpreter, OUT=... the demo's folder, ARGS=... adds arguments to the (first) command.
-.PHONY: help install demo test lint bench guard guard-update zoo networks fused-zoo study surgeon peers curvature nvcc-check gpu-check wheel-check clean
+.PHONY: help install demo test lint bench guard guard-update zoo networks kills fused-zoo study surgeon peers curvature nvcc-check gpu-check wheel-check clean
 .DELETE_ON_ERROR:
 
 SHELL := /bin/bash
@@ -18,7 +18,7 @@ GOMP_SPINCOUNT ?= 10000
 export GOMP_SPINCOUNT
 
 help:
-	@echo "make demo | test | lint | bench | guard | zoo | networks | fused-zoo | study | surgeon | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
+	@echo "make demo | test | lint | bench | guard | zoo | networks | kills | fused-zoo | study | surgeon | peers | curvature | nvcc-check | gpu-check | wheel-check | clean"
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ zoo: $(BENCH)
 networks: $(STAMP)
 	$(RUN) -W ignore -m tests.random_networks 2000 $(ARGS)
 
+# `taylorkern prune`, killed 20 times at random moments: the same bits in the end. make kills ARGS="--kills 100 --seed 3"
+kills: $(STAMP)
+	$(RUN) -m tests.job_kills --kills 20 $(ARGS)
+
 fused-zoo: $(STAMP)
 	$(RUN) -m bench.fused_zoo --json bench/results/fused-zoo.json $(ARGS)
 
@@ -67,7 +71,7 @@ surgeon: $(STAMP)
 	$(RUN) -m bench.surgeon.resnet50 --json bench/results/surgeon-resnet50.json
 
 $(BENCH): $(STAMP)
-	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,zoo]'
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,integrations,zoo]'
 	@touch $@
 
 # Prints the tables and keeps bench/results/<machine>.json; python -m bench.readme then renews README, page and picture.
@@ -82,7 +86,8 @@ guard-update: $(BENCH)
 	$(RUN) -m bench.guard --update $(ARGS)
 
 peers: $(BENCH)
-	$(RUN) -m pytest tests/test_diagonals.py tests/test_bench*.py tests/test_torch_pruning.py tests/test_zoo*.py $(ARGS)
+	$(RUN) -m pytest tests/test_diagonals.py tests/test_bench*.py tests/test_examples.py tests/test_integrations.py \
+	  tests/test_torch_pruning.py tests/test_zoo*.py $(ARGS)
 
 curvature: $(BENCH)
 	$(RUN) -m bench.curvature --network resnet50 --batch 8 --size 224 --pairs 15 --channels-last \

@@ -15,15 +15,18 @@ WITH_EXAMPLES = [
 ]
 
 
-NEEDING = {"taylorkern.integrations.torch_pruning": "torch_pruning"}  # what the test extra does not install
+NEEDING = {  # what the test extra does not install, and the extra that does
+    "taylorkern.integrations.torch_pruning": ("torch_pruning", "bench"),
+    "taylorkern.integrations.lightning": ("pytorch_lightning", "integrations"),
+    "taylorkern.integrations.huggingface": ("accelerate", "integrations"),
+}
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_docstrings_say_what_happens(module):
     if module in NEEDING:
-        pytest.importorskip(
-            NEEDING[module], reason=f"{NEEDING[module]} is not installed: pip install 'taylorkern[bench]'"
-        )
+        package, extra = NEEDING[module]
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'taylorkern[{extra}]'")
     found = doctest.testmod(import_module(module))
     assert found.attempted
     assert not found.failed
