@@ -93,13 +93,18 @@ def carry(module: nn.Module, gate: Gate | None) -> None:
         module.register_forward_hook(_take, prepend=True)
 
 
+# They stand in networks that were written for layers of ours, whose output may be overwritten in place.
+_OVERWRITTEN = (nn.SyncBatchNorm,)
+
+
 def _take(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
     """A forward hook: ``output`` with the gate in ``module`` behind it. A function, so that a copy of it does nothing
     in a copied module, which has no gate."""
     gate = gate_of(module)
     if gate is None or not isinstance(output, Tensor) or not gate.wanted():
         return None
-    return gated(module, gate, output, partial(_refuse, type(module)))
+    output = gated(module, gate, output, partial(_refuse, type(module)))
+    return output.clone() if isinstance(module, _OVERWRITTEN) else output
 
 
 def _refuse(kind: type[nn.Module]) -> NoReturn:

@@ -57,7 +57,7 @@ def mask(
     edits = _clearing(bodies, zeros)
     edits += clear_moments(optimizers, bodies.of_model(zeros), bodies.names)
     if verify and bodies.concerned:
-        bodies.check(example_inputs, gates)
+        bodies.check(example_inputs, gates, apart=True)  # autograd's accumulators, which DDP hooks, stay as they are
     perform(edits)
     after = Mask(coupling, gone)
     put_on(model, after)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +29,46 @@ class Part:
         return max(sum(len(s) for s in scores) for scores in self.arrived.values())
 
 
-class Values(NamedTuple):
-    """Of a minibatch, [U] each: G, the same of normalisations alone, mean_n s̃², and h if there is one."""
+@dataclass(frozen=True)
+class Values:
+    """Of a minibatch of N ``samples``, [U] each: G, the same of normalisations alone, mean_n s̃², h if there is one.
+
+    ``others`` are statistics that are collected on request, by name.
+    """
 
     gate: Tensor
     bn_gate: Tensor
     fisher: Tensor
     h: Tensor | None
+    others: dict[str, Tensor]
+    samples: int
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The minibatch's own value of every statistic."""
+        values = {
+            "gate": self.gate,
+            "gate_squared": self.gate.square(),
+            "gate_abs": self.gate.abs(),
+            "fisher": self.fisher,
+            "bn_gate_squared": self.bn_gate.square(),
+            "fisher_change_squared": (self.fisher / 2 - self.gate).square(),
+        }
+        if self.h is not None:
+            signed = self.h / 2 - self.gate
+            values |= {"curvature": self.h, "change": signed, "change_squared": signed.square()}
+        return values | self.others
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
+        """With ``function`` of every tensor."""
+        tensors: dict[str, Any] = {name: None if t is None else function(t) for name, t in self._tensors().items()}
+        return Values(**tensors, others={name: function(t) for name, t in self.others.items()}, samples=self.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and a number, for ``torch.save``."""
+        return self._tensors() | {"others": dict(self.others), "samples": self.samples}
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"gate": self.gate, "bn_gate": self.bn_gate, "fisher": self.fisher, "h": self.h}
 
 
 class Minibatch:
@@ -64,7 +97,7 @@ class Minibatch:
             value = value * factor.to(value.device) ** power
         return value
 
-    def values(self, folding: LayersFolding, normalisations: frozenset[str]) -> Values:
+    def values(self, folding: LayersFolding, normalisations: frozenset[str], others: dict[str, Tensor]) -> Values:
         """Sums over units by ``folding``; ``normalisations`` are the layers that count for the second of them."""
         gates, fishers, of_normalisations = [], [], []
         for part in self.parts:
@@ -79,6 +112,8 @@ class Minibatch:
             self.scaled(_sum(of_normalisations)),
             self.scaled(_sum(fishers), 2),
             self._curvature(),
+            others,
+            self.samples,
         )
 
     def rows(self, made: Callable[[Mapping[str, list[Tensor]]], list[Tensor]]) -> list[Tensor]:

@@ -121,6 +121,7 @@ class Pruner:
         self.scores = Scores(
             model, example_inputs, criteria=[criterion], seed=seed, gram=wanted, gram_budget=gram_budget,
             coupling=self._living.whole, optimizer=listed(optimizer) or None, scaler=scaler, reduction=reduction,
+            lockstep=self._processes.several,
         )  # fmt: skip
         self._meter = self._dense.meter
         self._steps = 0

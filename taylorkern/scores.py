@@ -21,7 +21,8 @@ from .example import run, tensors
 from .folding import LayersFolding
 from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import scorable
-from .minibatch import Minibatch, Part
+from .lockstep import Lockstep
+from .minibatch import Minibatch, Part, Values
 from .outputs import OutputShares
 from .scaling import LossScale
 from .state import untouched
@@ -83,6 +84,10 @@ class Scores:
     "surgeon", which needs one ("auto"). All of it is float64 and counts towards ``gram_budget``, in bytes; no other
     statistic changes. A reservoir makes a GPU wait once a minibatch, and can't be captured by a CUDA graph.
 
+    ``lockstep`` has :meth:`all_reduce` take the i-th minibatches of all processes for one, with G their mean before any
+    square: as many processes as may share a batch, its scores are the same. Every minibatch's values are kept for it,
+    until :meth:`reset`. Only ``taylor_weight`` is the mean over processes then.
+
     ``coupling`` is the model's, where it is at hand: it is not looked for again.
 
     Raises ValueError where the model is not converted or only in part, fails on the example, returns nothing
@@ -113,6 +118,7 @@ class Scores:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: Any = None,
         reduction: str = "mean",
+        lockstep: bool = False,
     ) -> None:
         if reduction not in _SUMMED:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(map(repr, _SUMMED))}")
@@ -161,6 +167,8 @@ class Scores:
         for other in others:
             other.detach()
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
+        self._lockstep = Lockstep() if lockstep else None
+        self._processes = 1  # whose minibatches were put together
         self._boundary = Boundary(
             optimizer, *(_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
         )
@@ -244,7 +252,7 @@ class Scores:
         self._check_any()
         self._check_samples()
         minibatches = self._curvatures() if kept.source == CURVATURE else int(self._statistics.count)
-        return kept.blocks(self.units, form, minibatches)
+        return kept.blocks(self.units, form, minibatches * self._processes)
 
     def _gram_kept(self) -> Gram:
         if self._gram is None:
@@ -364,6 +372,9 @@ class Scores:
         self._statistics.reset(len(self.units))
         if self._gram:
             self._gram.reset()
+        if self._lockstep:
+            self._lockstep.reset()
+        self._processes = 1
         self._asked = 0  # calls of curvature()
         self._silent = set(self._attachment.gates)
         self._uneven = ""
@@ -385,7 +396,9 @@ class Scores:
             "asked": self._asked,
             "silent": sorted(self._silent),
             "uneven": self._uneven,
+            "processes": self._processes,
         }
+        state |= {"lockstep": self._lockstep.state_dict()} if self._lockstep else {}
         return state | ({"gram": self._gram.state_dict()} if self._gram else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -399,6 +412,9 @@ class Scores:
         self._statistics.load_state_dict(state)
         if self._gram:
             self._gram.load_state_dict(state["gram"])
+        if self._lockstep:
+            self._lockstep.load_state_dict(state.get("lockstep", []))
+        self._processes = state.get("processes", 1)
         self._asked = state["asked"]
         self._silent, self._uneven = set(state["silent"]), state.get("uneven", "")
 
@@ -423,8 +439,9 @@ class Scores:
         """Have in every process of ``group`` (``torch.distributed``; all by default) the minibatches of all of them.
 
         States are gathered and merged by rank, so every process ends with the same bits; for a moment each holds all
-        states. Call it once, when the statistics are to be read, and :meth:`reset` before further minibatches: a
-        second call would count the first one's again.
+        states. With ``lockstep`` the i-th minibatches of all are one: what an optimiser's step sees where gradients are
+        averaged. Else each of them is one of its own. Call it once, when the statistics are to be read, and
+        :meth:`reset` before further minibatches: a second call would count the first one's again.
 
         Raises RuntimeError where there is no process group or this process is not in it, and ValueError, with
         everything in this process as it was, where :meth:`merge` does here: make the Scores alike in all of them.
@@ -438,6 +455,18 @@ class Scores:
         except ValueError:
             self.load_state_dict(own)
             raise
+        if self._lockstep:
+            self._in_lockstep([state["lockstep"] for state in (first, *others)])
+
+    def _in_lockstep(self, logs: list[Any]) -> None:
+        """Count the i-th minibatches of all ``logs`` as one."""
+        assert self._lockstep is not None
+        values = Lockstep.together(logs)
+        self._lockstep.reset(values)
+        self._statistics.reset(len(self.units))
+        for step in values:
+            self._statistics.add(step.statistics(), step.h is not None)
+        self._processes = len(logs)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("fingerprint") != self.coupling.fingerprint:
@@ -474,6 +503,8 @@ class Scores:
         self._statistics.keep(kept)
         if self._gram:
             self._gram.keep(kept)
+        if self._lockstep:
+            self._lockstep.keep(kept)
 
     @_disable_dynamo
     def fold(self) -> None:
@@ -486,7 +517,10 @@ class Scores:
             minibatch = Minibatch(parts, self._loss_scale.factor(), self._summed)
             source = CURVATURE if minibatch.curved else FISHER
             rows = minibatch.rows(self._by_unit.rows) if self._gram and self._gram.wants(source) else []
-            finite = self._statistics.add(self._values(minibatch), minibatch.curved)
+            values = self._values(minibatch)
+            finite = self._statistics.add(values.statistics(), minibatch.curved)
+            if self._lockstep:
+                self._lockstep.add(values)
             if self._gram and self._gram.wants(source):
                 self._gram.add(rows, finite, source)
         self._loss_scale.end()
@@ -516,25 +550,14 @@ class Scores:
         if self._weight_squares:
             self._weight_squares.clear()
 
-    def _values(self, minibatch: Minibatch) -> dict[str, Tensor]:
-        """The minibatch's own value of every statistic, [U] each."""
-        gate, bn_gate, fisher, h = minibatch.values(self._by_unit, self._attachment.batch_norms)
-        values = {
-            "gate": gate,
-            "gate_squared": gate.square(),
-            "gate_abs": gate.abs(),
-            "fisher": fisher,
-            "bn_gate_squared": bn_gate.square(),
-            "fisher_change_squared": (fisher / 2 - gate).square(),
-        }
-        if h is not None:
-            signed = h / 2 - gate
-            values |= {"curvature": h, "change": signed, "change_squared": signed.square()}
+    def _values(self, minibatch: Minibatch) -> Values:
+        others = {}
+        device = next(iter(minibatch.parts[0].arrived.values()))[0].device
         if self._outputs:
-            values["output_abs"] = minibatch.shares()
+            others["output_abs"] = minibatch.shares()
         if self._weight_squares:
-            values["weight_squared"] = minibatch.scaled(self._weight_squares.drain(self.coupling, gate.device), 2)
-        return values
+            others["weight_squared"] = minibatch.scaled(self._weight_squares.drain(self.coupling, device), 2)
+        return minibatch.values(self._by_unit, self._attachment.batch_norms, others)
 
     def _gram_rows(self, arrived: Mapping[str, list[Tensor]], source: str) -> list[Tensor]:
         """The rows of a Gram matrix, none where they would not count."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -58,6 +58,27 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
         if inside is not None:
             value.clear()
             value.extend(inside) if isinstance(value, list) else value.update(inside)
+
+
+def stand_in(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are others, on the same data; itself where it can't be copied.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> other = stand_in(layer)
+    >>> other.weight is layer.weight, other.weight.data_ptr() == layer.weight.data_ptr()
+    (False, True)
+    """
+    named = named_tensors(model).values()
+    aliases = {
+        id(t): nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach() for t in named
+    }
+    try:
+        other = deepcopy(model, aliases)
+    except Exception:  # whatever a module may hold
+        return model
+    for module in other.modules():
+        module._compiled_call_impl = None  # it would run the original
+    return other
 
 
 def replace_data(tensor: Tensor, data: Tensor, gradient: Tensor | None = None) -> None:

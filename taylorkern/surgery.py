@@ -17,7 +17,7 @@ from .fit import changes, fit_attributes
 from .masks import follow_cut, masked_units
 from .moments import cut_moments
 from .slices import Indices, sliced
-from .state import named_tensors
+from .state import named_tensors, stand_in
 from .verification import SurgeryError, check
 
 __all__ = ["Bodies", "SurgeryError", "cut", "fit_attributes"]
@@ -149,15 +149,19 @@ class Bodies:
             yield from changes(body.module)
             yield from self.coupling.numbers(body.module, stays)
 
-    def check(self, example_inputs: Any, gates: Tensor | None) -> None:
-        """Raise SurgeryError unless the model computes without the units what it does with them masked."""
+    def check(self, example_inputs: Any, gates: Tensor | None, apart: bool = False) -> None:
+        """Raise SurgeryError unless the model computes without the units what it does with them masked.
+
+        With ``apart`` the model's own tensors hold their data all the while, where it can be copied.
+        """
         model = self.bodies[0]
+        module = stand_in(model.module) if apart else model.module
         exact = {
             name: sliced(model.scaled.get(name, model.named[name]), self.plan.get(name, {}))
             for name in (*self.plan, *model.scaled)
         }
-        with understood(model.module):
-            check(model.module, self.coupling, self.gone, exact, example_inputs, gates)
+        with understood(module):
+            check(module, self.coupling, self.gone, exact, example_inputs, gates)
 
 
 def indices(removed: Tensor | Sequence[int], coupling: Coupling) -> Tensor:

@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("no CUDA device: nothing was run on a GPU")
     if _loops:
         terminalreporter.section("scores of training loops: distance from the plain eager fp32 loop's")
-        terminalreporter.write_line("in brackets the precision's own error, of plain autograd; beside the largest score")
+        terminalreporter.write_line("in brackets the precision's own error, by plain autograd; relative to the largest")
         for loop, (found, own) in _loops.items():
             figures = [f"{name} {found[name]:.0e} ({own[name]:.0e})" for name in found]
             terminalreporter.write_line(f"{loop}:  {',  '.join(figures)}")

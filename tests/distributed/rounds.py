@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 import torch.distributed as dist
 
 from tests.distributed.training import counted, leave, made, trained, weights
@@ -9,6 +10,7 @@ from tests.distributed.training import counted, leave, made, trained, weights
 KINDS = {
     "cut": {},
     "mask": {"mode": "mask"},
+    "mask in float32": {"mode": "mask", "dtype": torch.float32},  # a check in float64 must not reach DDP's hooks
     "surgeon": {"criterion": "surgeon"},
     "smoothed": {"criterion": "taylor_fg", "momentum": 0.5},
     "magnitude": {"criterion": "magnitude"},

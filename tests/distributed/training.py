@@ -23,9 +23,9 @@ def minibatch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(5, (4,), generator=generator)
 
 
-def network() -> nn.Module:
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return tk.convert(residual(4).double())
+    return tk.convert(residual(4).to(dtype))
 
 
 def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
@@ -34,14 +34,16 @@ def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
 
 def loss(network: nn.Module, step: int, rank: int) -> Tensor:
     x, target = minibatch(step, rank)
-    return nn.functional.cross_entropy(network(x), target)
+    return nn.functional.cross_entropy(network(x.to(next(network.parameters()).dtype)), target)
 
 
-def made(momentum: float = 0.0, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, tk.Pruner]:
-    model = network()
+def made(
+    momentum: float = 0.0, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, tk.Pruner]:
+    model = network(dtype)
     optimizer = sgd(model, momentum)
     options = {"every": 3, "step": 2, "target": 0.3, "of": "channels"} | options
-    return model, optimizer, tk.Pruner(model, X, optimizer=optimizer, **options)
+    return model, optimizer, tk.Pruner(model, X.to(dtype), optimizer=optimizer, **options)
 
 
 def trained(
