@@ -8,7 +8,6 @@ from digits import PRUNING, example, minibatches, network, optimiser
 from torch import nn
 
 import taylorkern as tk
-from taylorkern.checkpoints import Checkpoints
 from taylorkern.coupling import Unit
 
 
@@ -20,7 +19,7 @@ def train(
     optimizer = optimiser(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)  # float16 needs it, bfloat16 does not
     pruner = tk.Pruner(model, example(), optimizer=optimizer, scaler=scaler, **PRUNING)
-    checkpoints = Checkpoints(folder or mkdtemp(), model=model, optimizer=optimizer, scaler=scaler, pruner=pruner)
+    checkpoints = tk.Checkpoints(folder or mkdtemp(), model=model, optimizer=optimizer, scaler=scaler, pruner=pruner)
     done = checkpoints.load() or {"step": 0}  # None in a new folder
     removed = []
     for epoch in range(done["step"], epochs):

@@ -97,6 +97,11 @@ class Processes:
         if not self.several:
             yield
             return
+        if not scores.lockstep:
+            raise RuntimeError(
+                "the pruner was made before the process group, so its scores are of this process alone: call "
+                "torch.distributed.init_process_group first, or pass group=None"
+            )
         own = scores.state_dict()
         try:
             scores.all_reduce(self.handle)

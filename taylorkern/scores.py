@@ -180,6 +180,11 @@ class Scores:
         return self.coupling.units
 
     @property
+    def lockstep(self) -> bool:
+        """Whether the i-th minibatches of all processes are to count as one."""
+        return self._lockstep is not None
+
+    @property
     def minibatches(self) -> int:
         """Minibatches in the statistics."""
         self.fold()

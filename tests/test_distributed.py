@@ -30,7 +30,7 @@ def failed(tmp_path_factory):
 
 
 def by_one_process(processes, criterion="taylor_fo"):
-    """What goes in each step, and the weights, where one process accumulates the gradients of every rank's minibatch."""
+    """What goes in each step, and the weights, where one process accumulates every rank's gradients."""
     model = network()
     optimizer = sgd(model)
     options = {"every": 3, "step": 2, "target": 0.3, "of": "channels", "criterion": criterion}
