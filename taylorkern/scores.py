@@ -11,9 +11,9 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.optim import Optimizer
 
 from . import weights
+from .arrivals import Arrivals
 from .attachment import Attachment
 from .blame import stacklevel
-from .boundary import Boundary
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
@@ -22,9 +22,8 @@ from .folding import LayersFolding
 from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import scorable
 from .lockstep import Lockstep
-from .minibatch import Minibatch, Part, Values
+from .minibatch import Minibatch, Values
 from .outputs import OutputShares
-from .scaling import LossScale
 from .state import untouched
 from .statistics import Statistics, gathered
 from .wrapped import refuse_wrapped
@@ -64,8 +63,7 @@ class Scores:
 
     Under ``torch.compile`` scored networks are one graph (``fullgraph=True``). No forward is seen there, so every
     backward is taken for one of another forward, unless the one before had ``retain_graph=True``: add several losses
-    up, or G alone is right. :meth:`curvature` needs ``torch._functorch.config.donated_buffer = False``.
-    Under a ``torch.func`` transform nothing is scored, with a warning.
+    up, or G alone is right. Under a ``torch.func`` transform nothing is scored, with a warning.
 
     On a GPU nothing here waits for it but the first minibatch, which moves indices there, and reading. A CUDA graph
     holds a whole step, :meth:`fold` at its end, captured after a few steps and a ``fold()`` outside: each replay then
@@ -134,12 +132,6 @@ class Scores:
         if gram is None and not set(criteria).isdisjoint(NEEDING_GRAM):
             gram = "auto"
         self.model, self.seed = model, seed
-        self._h: Tensor | None = None  # curvature [U] of the minibatch under way
-        self._rows: list[Tensor] = []  # those whose squares it is, if they are kept
-        self._parts: list[Part] = []  # of the minibatch under way, but for what has arrived since its last forward
-        self._summed, self._loss_scale = _SUMMED[reduction], LossScale(scaler)
-        self._backward: int | None = None  # that has delivered from compiled code since then
-        self._repeats = False  # whether its graph is kept for another one
         alone = example_inputs is None
         if coupling is not None and not coupling.fits(model):
             raise ValueError("coupling= is of another model, or of this one before or after a cut; leave it out")
@@ -152,26 +144,26 @@ class Scores:
         self._gram_budget = gram_budget
         self._gram = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
-        self._output_shares = OutputShares(self._outputs)
         names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         shapes = {name: (len(self._outputs),) if name == "output_abs" else () for name in names}
         self._statistics = Statistics(shapes, len(self.units))
         self._attachment = Attachment(self, model, self.coupling.layers, every_element=bool(self._outputs))
+        shares = OutputShares(self._outputs) if self._outputs else None
+        told = (_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
+        self._arrivals = Arrivals(self._attachment, optimizer, scaler, _SUMMED[reduction], shares, *told)
         try:
             if not alone:
                 self._check_differentiable(example_inputs)
             others = self._attachment.displaced()
         except BaseException:
             self._attachment.withdraw()
+            self._arrivals.detach()
             raise
         for other in others:
             other.detach()
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
         self._lockstep = Lockstep() if lockstep else None
         self._processes = 1  # whose minibatches were put together
-        self._boundary = Boundary(
-            optimizer, *(_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
-        )
         self.reset()
 
     @property
@@ -303,8 +295,8 @@ class Scores:
         if self._asked % every_n:
             self._asked += 1
             return
-        if self._backward is not None and not self._repeats:
-            self.forward_begins()  # in compiled code, where nothing has told of it
+        if self._arrivals.unseen_forward():
+            self.forward_begins()
         h = torch.zeros((), dtype=torch.float64)
         rows: list[Tensor] = []
         repeats = draws if method != "exact" else 1
@@ -315,8 +307,8 @@ class Scores:
                 rows += self._gram_rows(found, CURVATURE)
         if not h.dim():
             raise ValueError(f"loss={loss!r} gave no cotangent for these logits")
-        self._h = h / repeats
-        self._rows = [some.div_(repeats**0.5) for some in rows]
+        self._arrivals.h = h / repeats
+        self._arrivals.rows = [some.div_(repeats**0.5) for some in rows]
         self._asked += 1
 
     def step(self) -> bool:
@@ -325,51 +317,43 @@ class Scores:
         ``Pruner.step`` calls it. In a loop of your own it is needed only with ``optimizer=()``, or at once behind
         ``scaler.update()`` to know of a skipped step.
         """
-        self._close()
-        if self._parts and self._boundary.hooked:  # still here, so no optimiser has stepped
-            self._loss_scale.skip()
+        self._arrivals.close(self.coupling)
+        if self._arrivals.unstepped():
+            self._arrivals.scale.skip()
         self.fold()
-        return not self._loss_scale.skipped
+        return not self._arrivals.scale.skipped
 
     def step_begins(self, optimizer: Optimizer) -> None:
         """An optimiser says so: a forward within its step follows what has arrived by now."""
-        self._close()
+        self._arrivals.close(self.coupling)
 
     def step_ends(self, optimizer: Optimizer) -> None:
         """An optimiser says so: the minibatch ends."""
         # Of an optimiser that takes the scaler's finding along, and is called even where it is to skip the step.
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
-            self._loss_scale.skip(found_inf)
+            self._arrivals.scale.skip(found_inf)
         self.fold()
 
     @property
     def expects_forward(self) -> bool:
         """Whether the next forward is to be told of even if no score has arrived."""
-        return self._h is not None or self._loss_scale.unknown
+        return self._arrivals.expects_forward
 
     @_disable_dynamo
     def forward_begins(self) -> None:
         """Gates say so. What has arrived was the last forward's, and a curvature that no backward followed is gone."""
-        self._close()
-        if self._parts and (self._boundary.between_forwards or self._loss_scale.fell()):
+        self._arrivals.close(self.coupling)
+        if self._arrivals.ended():
             self.fold()
-        if torch.is_grad_enabled():
-            self._forget_curvature()
-            self._loss_scale.note()
+        self._arrivals.begin()
 
     def backward_delivers(self) -> None:
         """Gates say so, in compiled code, whose forwards nobody sees: another backward was one of another forward."""
-        backward = torch._C._current_graph_task_id()
-        if backward == self._backward:
-            return
-        if self._backward is not None and not self._repeats:
-            self.forward_begins()
-        self._backward, self._repeats = backward, torch._C._autograd._get_current_graph_task_keep_graph()
-        self._loss_scale.note()
-
-    def _forget_curvature(self) -> None:
-        self._h, self._rows = None, []
+        if self._arrivals.another_backward():
+            if self._arrivals.unseen_forward():
+                self.forward_begins()
+            self._arrivals.note_backward()
 
     def reset(self) -> None:
         """Forget every minibatch so far."""
@@ -388,7 +372,7 @@ class Scores:
         """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
         self.fold()
         self._attachment.detach()
-        self._boundary.remove()
+        self._arrivals.detach()
         if self._weight_squares:
             self._weight_squares.detach()
 
@@ -502,7 +486,7 @@ class Scores:
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
         self.fold()
-        self._forget_curvature()
+        self._arrivals.forget_curvature()
         self.coupling = coupling
         self._by_unit = LayersFolding(coupling)
         self._statistics.keep(kept)
@@ -514,12 +498,14 @@ class Scores:
     @_disable_dynamo
     def fold(self) -> None:
         """Add what has arrived to the statistics, as a minibatch; called by itself when one ends, and by reading."""
-        self._close()
-        parts, self._parts = self._parts, []
-        if not parts:
-            return
+        self._arrivals.close(self.coupling)
         with torch.inference_mode(False), torch.no_grad():
-            minibatch = Minibatch(parts, self._loss_scale.factor(), self._summed)
+            minibatch = self._arrivals.take()
+            if minibatch is None:
+                return
+            for part in minibatch.parts:
+                self._silent.difference_update(part.arrived)
+                self._uneven = self._uneven or _uneven(part.arrived)
             source = CURVATURE if minibatch.curved else FISHER
             rows = minibatch.rows(self._by_unit.rows) if self._gram and self._gram.wants(source) else []
             values = self._values(minibatch)
@@ -528,30 +514,9 @@ class Scores:
                 self._lockstep.add(values)
             if self._gram and self._gram.wants(source):
                 self._gram.add(rows, finite, source)
-        self._loss_scale.end()
-
-    def _close(self) -> None:
-        """Set apart what the last forward's backwards have brought: what arrives from now on is another one's."""
-        arrived = self._attachment.drain()
-        if not arrived:
-            return
-        self._silent.difference_update(arrived)
-        self._uneven = self._uneven or _uneven(arrived)
-        shares = None
-        if self._outputs:
-            with torch.inference_mode(False), torch.no_grad():
-                device = next(iter(arrived.values()))[0].device
-                shares = self._output_shares(self._attachment.drain_elements(), self.coupling, device)
-        self._parts.append(Part(arrived, self._h, self._rows, shares))
-        self._forget_curvature()
-        self._backward = None
 
     def _discard(self) -> None:
-        self._attachment.drain()
-        self._attachment.drain_elements()
-        self._forget_curvature()
-        self._parts, self._backward = [], None
-        self._loss_scale.end()
+        self._arrivals.discard()
         if self._weight_squares:
             self._weight_squares.clear()
 

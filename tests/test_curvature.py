@@ -121,7 +121,7 @@ def test_estimates_of_h_are_unbiased(method):
     want, estimates = brute_force(model, scores.units, x), []
     for _ in range(400):
         scores.curvature(logits, target, method=method, generator=generator)
-        estimates.append(scores._h)
+        estimates.append(scores._arrivals.h)
     drawn = torch.stack(estimates)
     error = drawn.std(0) / len(drawn) ** 0.5
     assert bool(((drawn.mean(0) - want).abs() <= 5 * error).all())
@@ -133,10 +133,10 @@ def test_more_draws_average():
     x, target = batch(1)
     logits = model(x)
     scores.curvature(logits, target, draws=3, generator=torch.Generator().manual_seed(4))
-    together, generator, single = scores._h, torch.Generator().manual_seed(4), []
+    together, generator, single = scores._arrivals.h, torch.Generator().manual_seed(4), []
     for _ in range(3):
         scores.curvature(logits, target, generator=generator)
-        single.append(scores._h)
+        single.append(scores._arrivals.h)
     assert distance(together, torch.stack(single).mean(0)) < 1e-12
 
 
@@ -154,7 +154,7 @@ def test_second_order_criteria_are_their_formulas_over_the_minibatches_that_have
         logits = model(x)
         if seed % 2 == 0:
             scores.curvature(logits, target, method="exact")
-            h = scores._h
+            h = scores._arrivals.h
         F.cross_entropy(logits, target).backward()
         s = arrived(scores)
         if seed % 2 == 0:
@@ -226,7 +226,7 @@ def test_the_signed_prediction_is_of_the_minibatches_that_have_a_curvature():
         logits = model(x)
         if seed != 1:
             scores.curvature(logits, target, method="exact")
-            h = scores._h
+            h = scores._arrivals.h
         F.cross_entropy(logits, target).backward()
         s = arrived(scores)
         if seed != 1:
@@ -274,9 +274,9 @@ def test_a_users_own_cotangents():
     x, target = batch(1)
     logits = model(x)
     scores.curvature(logits, target, method="exact")
-    want = scores._h
+    want = scores._arrivals.h
     scores.curvature(logits, target, loss=lambda f, t: CrossEntropy().exact(f, t))
-    assert distance(scores._h, want) < 1e-12
+    assert distance(scores._arrivals.h, want) < 1e-12
 
 
 def test_bad_requests_say_what_to_do():
