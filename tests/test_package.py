@@ -36,6 +36,24 @@ def test_readme_resnet50_runs(tmp_path, monkeypatch):
     assert torch.equal(names["pruned"].eval()(x), names["model"].eval()(x))
 
 
+def test_readme_loop_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in python_blocks() if "GradScaler" in block)
+    for large, small in (("every=30", "every=2"), ("step=100", "step=3")):
+        assert large in code
+        code = code.replace(large, small)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    data = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(24)]
+    names = {
+        "model": model, "example": data[0][0][:1], "device": "cpu", "half": True, "tk": tk, "torch": torch,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.01), "batches": lambda start: data[start:],
+    }  # fmt: skip
+    exec(code, names)
+    assert names["pruner"].kept < 1 and model[0].out_channels < 8
+    assert (tmp_path / "checkpoints").is_dir()
+
+
 def test_readme_scores_run():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
