@@ -3,11 +3,12 @@
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from taylorkern.integrations.huggingface import PruningCallback  # before transformers, for torchvision's sake
+
+# isort: split
 from digits import BATCH, PRUNING, example, network, optimiser, samples
 from torch.optim.lr_scheduler import ConstantLR
 from transformers import Trainer, TrainingArguments
-
-from taylorkern.integrations.huggingface import PruningCallback
 
 
 def trainer(folder: str, pruning: PruningCallback | None = None, **settings: Any) -> Trainer:

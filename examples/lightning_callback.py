@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from taylorkern.integrations.lightning import PruningCallback  # before Lightning, for torchvision's sake
+
+# isort: split
 import pytorch_lightning
 import torch
 from digits import PRUNING, example, minibatches, network, optimiser
 from torch import Tensor
-
-from taylorkern.integrations.lightning import PruningCallback
 
 
 class Classifier(pytorch_lightning.LightningModule):

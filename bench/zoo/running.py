@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from taylorkern.companion import torchvision
+
 from .examination import Row, examine
 from .families import FAMILIES
-from .torchvision_networks import torchvision
 
 Job = tuple[str, str, int]  # family, network, seed
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from taylorkern.companion import torchvision
+
 from .networks import Network
 from .randomness import randomise, settle, strengthen
-from .torchvision_networks import torchvision
 
 CHOICE = Path(__file__).parent / "timm_choice.json"
 

@@ -1,11 +1,12 @@
 """torchvision's networks: all for classification, and a choice for other tasks."""
 
-from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from taylorkern.companion import torchvision
 
 from .networks import Network
 from .randomness import randomise, settle, strengthen
@@ -25,19 +26,6 @@ BACKBONES = [
 ]
 FRAMES = {"s3d": (16, 224)}  # frames and their size, where its own strides allow no less than this
 DEFAULT_FRAMES = (4, DEFAULT_SIZE)
-
-
-def torchvision() -> Any:
-    """The package, also beside a CPU build of torch, where its import misses two operators' schemas."""
-    with suppress(RuntimeError):
-        _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-    return torchvision
-
-
-_schemas = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def networks() -> list[str]:

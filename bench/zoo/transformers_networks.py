@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylorkern.companion import torchvision
+
 from .networks import Network
 from .randomness import randomise, settle, strengthen
-from .torchvision_networks import torchvision
 
 VOCABULARY = 101
 WIDE, HEADS, LAYERS, INNER = 48, 4, 2, 80

@@ -1,1 +1,8 @@
-"""Our scores in other projects' tools; each module imports its own, and nothing else here does."""
+"""Our scores and pruner in other people's tools, one module for each tool."""
+
+from contextlib import suppress
+
+from ..companion import torchvision
+
+with suppress(ImportError, RuntimeError):  # they import it themselves where it is installed
+    torchvision()

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from taylorkern import companion
 from taylorkern.errors import CommandError, one_line
 from taylorkern.resolve import resolve
 
-# What torchvision 0.28 expects of its compiled library when it is imported; its detectors alone call them.
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
 _WHOLE = {"init_weights": True, "aux_logits": False}  # with auxiliary logits, what they return in training is a tuple
 ARGUMENTS = {"googlenet": _WHOLE, "inception_v3": _WHOLE}
-_kept: list[torch.library.Library] = []  # a library that is collected takes its operators with it
 
 
 def network(named: str, classes: int, seed: int) -> nn.Module:
@@ -69,20 +64,10 @@ def _built(named: str, make: Callable[..., Any], *positional: Any, **options: An
 
 
 def _torchvision() -> Any:
-    """The package. Where its compiled library does not load (it was built for another torch), its import fails for
-    want of two operators' names; they are declared, without any implementation, and it is imported again. Its
-    classification networks are plain PyTorch and call neither."""
     try:
-        return _imported("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise _unloadable(error) from error
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _kept.append(library)
-    try:
-        for schema in _SCHEMAS:
-            library.define(schema)
-        return _imported("torchvision")
+        return companion.torchvision()
+    except ImportError as error:
+        raise _missing("torchvision", error) from error
     except RuntimeError as error:
         raise _unloadable(error) from error
 
@@ -95,7 +80,11 @@ def _imported(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise CommandError(f"{package} can't be imported ({one_line(error)}): pip install {package}") from error
+        raise _missing(package, error) from error
+
+
+def _missing(package: str, error: ImportError) -> CommandError:
+    return CommandError(f"{package} can't be imported ({one_line(error)}): pip install {package}")
 
 
 def _unknown(source: str, name: str, known: list[str]) -> str:
