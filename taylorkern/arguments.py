@@ -1,14 +1,18 @@
 """Kinds of command-line arguments: what a text must be, and what it stands for."""
 
+import math
 from argparse import ArgumentTypeError
 
 
 def names(text: str) -> list[str]:
-    """
+    """At least one name, separated by commas.
+
     >>> names("a, b,")
     ['a', 'b']
     """
-    return [name.strip() for name in text.split(",") if name.strip()]
+    if not (found := [name.strip() for name in text.split(",") if name.strip()]):
+        raise ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def positive(text: str) -> int:
@@ -22,9 +26,16 @@ def natural(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """A number above 0."""
-    if not (number := float(text)) > 0:
-        raise ArgumentTypeError(f"{text} is not above 0")
+    """A finite number above 0."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise ArgumentTypeError(f"{text} is no finite number above 0")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    if not 0 <= (number := float(text)) < math.inf:
+        raise ArgumentTypeError(f"{text} is no finite number of at least 0")
     return number
 
 

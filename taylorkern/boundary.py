@@ -25,10 +25,11 @@ class Boundary:
 
     def __init__(self, optimizers: Optimizer | Iterable[Optimizer] | None, begins: Told, ends: Told) -> None:
         optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else optimizers
-        self._by_steps, self._inside = optimizers is not None, 0
+        self._by_steps = optimizers is not None
+        self._inside: set[int] = set()  # optimisers that step now, by id
         self._begins, self._ends = begins, ends
         hooks = []
-        for optimizer in optimizers or ():
+        for optimizer in map(_within, optimizers or ()):
             hooks.append(optimizer.register_step_pre_hook(_calling(weakref.WeakMethod(self._step_begins))))
             hooks.append(optimizer.register_step_post_hook(_calling(weakref.WeakMethod(self._step_ends))))
         self.hooked = bool(hooks)
@@ -37,15 +38,21 @@ class Boundary:
     @property
     def between_forwards(self) -> bool:
         """Whether a forward that begins now belongs to another minibatch than the last one."""
-        return not self._by_steps or self._inside > 0
+        return not self._by_steps or bool(self._inside)
 
     def _step_begins(self, optimizer: Optimizer) -> None:
-        self._inside += 1
+        self._inside.add(id(optimizer))
         self._begins(optimizer)
 
     def _step_ends(self, optimizer: Optimizer) -> None:
-        self._inside -= 1
+        self._inside.discard(id(optimizer))  # perhaps of a step before, that was broken off
         self._ends(optimizer)
+
+
+def _within(optimizer: Optimizer) -> Optimizer:
+    """The one that steps, inside of those that accelerate makes."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _calling(method: "weakref.WeakMethod[Told]") -> Callable[..., None]:

@@ -156,11 +156,13 @@ def _repeating(options: argparse.Namespace) -> str:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    from taylorkern.job import learner
     from taylorkern.job.run import run
     from taylorkern.job.settings import Settings
 
     settings = Settings.of_options(options)
     try:
+        learner.device(settings.device)
         summary = run(settings, options.restart)
     except (ValueError, RuntimeError) as error:  # torch's own as well: a model that does not fit its data
         raise _as_command_error(error) from error

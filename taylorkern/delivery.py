@@ -26,8 +26,11 @@ _receivers: "WeakValueDictionary[int, Receiver]" = WeakValueDictionary()
 _numbers = itertools.count()
 _collected: list[dict[int, list[Tensor]]] = []
 
-# Its effect is outside of the graph, so that no recording of kernels may stand in for a call.
-library.define("deliver(Tensor s, Tensor to) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+# Its effect is outside of the graph, so no recording of kernels may stand in for a call. It writes nothing to ``to``,
+# but says so, for two calls with the same arguments, of a layer that runs twice, are not to be made one.
+library.define(
+    "deliver(Tensor s, Tensor(a!) to) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+)
 
 
 def address(receiver: Receiver) -> Tensor:

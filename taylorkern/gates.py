@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .blame import stacklevel
 from .delivery import address, anchor
@@ -23,6 +24,8 @@ class Owner(Protocol):
         """Whether a forward is to be told of even if no score has arrived since the last one."""
 
     def forward_begins(self) -> None: ...
+
+    def forward_repeats(self) -> None: ...
 
     def backward_delivers(self) -> None: ...
 
@@ -58,13 +61,13 @@ class Gate:
     def wanted(self) -> bool:
         """Whether a forward now should take the gate; every forward asks, so that a new minibatch is noticed."""
         if torch.compiler.is_compiling():
-            return torch.is_grad_enabled()
+            return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         owner = self._owner()
         if owner is None:
             return False
         arrived = any(z.grad is not None for z in self._leaves.values()) or self.mailbox.content
-        if (arrived or owner.expects_forward) and not _inside_backward():
-            owner.forward_begins()
+        if arrived or owner.expects_forward:
+            (owner.forward_repeats if _inside_backward() else owner.forward_begins)()
         return torch.is_grad_enabled() and not _transformed()
 
     def leaf(self, samples: int, channels: int, like: Tensor) -> Tensor:
@@ -149,11 +152,12 @@ def _inside_backward() -> bool:
 
 def _transformed() -> bool:
     """Whether this forward runs under ``torch.func``, whose gradients never come to a leaf; warns of it."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
         return False
     warnings.warn(
-        "a scored network runs inside a torch.func transform (grad, vmap, jvp, ...), whose gradients don't reach its "
-        "gates: this forward is not scored, and computes what an unscored one does. Score with loss.backward()",
+        "a scored network runs inside a torch.func transform (grad, vmap, jvp, ...) or with forward-mode gradients, "
+        "which don't reach its gates: this forward is not scored, and computes what an unscored one does. Score with "
+        "loss.backward()",
         stacklevel=stacklevel(),
     )
     return True

@@ -38,6 +38,10 @@ class Lockstep:
         """Go on from these."""
         self._values = list(values)
 
+    def extend(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Add those of a :meth:`state_dict`."""
+        self._values += [Values(**values) for values in state]
+
     def state_dict(self) -> list[dict[str, Any]]:
         return [values.state_dict() for values in self._values]
 
@@ -46,9 +50,17 @@ class Lockstep:
 
     @staticmethod
     def together(states: Sequence[Sequence[Mapping[str, Any]]]) -> list[Values]:
-        """The i-th values of every process's :meth:`state_dict` as one minibatch's, of those that have so many."""
-        steps = range(max(map(len, states), default=0))
-        return [_mean([Values(**state[i]) for state in states if len(state) > i]) for i in steps]
+        """The i-th values of every process's :meth:`state_dict` as one minibatch's.
+
+        Raises ValueError where not all have as many.
+        """
+        counts = [len(state) for state in states]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the processes' minibatches don't match: they have {', '.join(map(str, counts))}, by rank. All must "
+                "step alike and read scores alike, for reading ends a minibatch; or each prunes by itself, group=None"
+            )
+        return [_mean([Values(**values) for values in step]) for step in zip(*states, strict=True)]
 
 
 def _mean(parts: Sequence[Values]) -> Values:

@@ -90,6 +90,11 @@ class Parts:
                 raise ValueError(
                     f"{name}= cuts an optimizer that is none of the parts; give it too: optimizer=optimizer"
                 )
+        for copy in pruner.copies:
+            if not any(module is copy for module in kept):
+                raise ValueError(
+                    f"{name}= cuts a copy of the model that is none of the parts; give it too: average=average"
+                )
 
 
 def _check_part(name: str, part: Any) -> None:

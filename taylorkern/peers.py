@@ -32,7 +32,7 @@ class Peers:
         group = None if group == "world" else group
         rank = distributed.get_rank(group)
         if rank < 0:
-            raise ValueError("this process is not in the group that it was given as group=")
+            raise ValueError("this process is not in the group= that it was given")
         return cls(group, rank, distributed.get_world_size(group))
 
     def together(self, act: Callable[[], T]) -> list[T]:

@@ -127,6 +127,11 @@ class Pruner:
         self._steps = 0
 
     @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        """The modules that are cut along: the copies, or what they wrap."""
+        return self._subject.copies
+
+    @property
     def kept(self) -> float:
         """The part of ``of`` that is left of the dense network's."""
         return self._meter.total / self._dense.total
@@ -149,6 +154,8 @@ class Pruner:
         counts = self.scores.step()
         if counts:
             self._check_wrapped_anew()
+        if self.done and self.scores.lockstep:
+            self.scores.reset()  # no round takes the minibatches any more, which are all kept
         if self.done or not counts:
             return []
         steps = self._steps + 1

@@ -52,18 +52,22 @@ class Scores:
     From then on every backward adds to the statistics: per minibatch, the s[n, c] of a unit's channels are summed
     before any square. A minibatch is a forward with all the backwards that follow it until the next forward. With
     ``optimizer``, one or several, it is what one of their steps sees: the samples of all forwards since the last step
-    are its own, as where gradients are accumulated. :meth:`step` ends one as well, and reading does; with
-    ``optimizer=()`` nothing else. A minibatch with a non-finite score is dropped whole and counted.
+    are its own, as where gradients are accumulated. Forwards without a backward in between count as one of the same
+    samples, as where two views of them are compared. :meth:`step` ends a minibatch as well, and reading does; with
+    ``optimizer=()`` nothing else. :meth:`discard` forgets one. A minibatch with a non-finite score is dropped whole and
+    counted.
     A second derivative through a scored layer (a gradient penalty) is refused by autograd; ``detach()`` allows it.
 
     The loss of a minibatch, the sum of what its backwards start from, is taken to be the mean over its N samples: with
     k accumulated backwards each loss is divided by k. With ``reduction`` "sum" it is their sum, and the scores are
     divided by N. ``scaler``, a ``torch.amp.GradScaler``, is what scales it: its scale is taken out of the scores, and
-    minibatches whose step it skips are dropped and counted.
+    minibatches whose step it skips are dropped and counted, by the scale that falls then; read between ``update()``
+    and the next backward. On a GPU, telling so waits for it where gradients are accumulated.
 
     Under ``torch.compile`` scored networks are one graph (``fullgraph=True``). No forward is seen there, so every
     backward is taken for one of another forward, unless the one before had ``retain_graph=True``: add several losses
-    up, or G alone is right. Under a ``torch.func`` transform nothing is scored, with a warning.
+    up, or G alone is right; and a curvature that no backward followed counts for the next one. Under a ``torch.func``
+    transform nothing is scored, with a warning.
 
     On a GPU nothing here waits for it but the first minibatch, which moves indices there, and reading. A CUDA graph
     holds a whole step, :meth:`fold` at its end, captured after a few steps and a ``fold()`` outside: each replay then
@@ -131,7 +135,7 @@ class Scores:
         wanted = {need for name in criteria if name not in NEEDING_GRAM for need in criterion(name).needs}
         if gram is None and not set(criteria).isdisjoint(NEEDING_GRAM):
             gram = "auto"
-        self.model, self.seed = model, seed
+        self.model, self.seed, self._summed = model, seed, _SUMMED[reduction]
         alone = example_inputs is None
         if coupling is not None and not coupling.fits(model):
             raise ValueError("coupling= is of another model, or of this one before or after a cut; leave it out")
@@ -150,7 +154,7 @@ class Scores:
         self._attachment = Attachment(self, model, self.coupling.layers, every_element=bool(self._outputs))
         shares = OutputShares(self._outputs) if self._outputs else None
         told = (_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
-        self._arrivals = Arrivals(self._attachment, optimizer, scaler, _SUMMED[reduction], shares, *told)
+        self._arrivals = Arrivals(self._attachment, optimizer, scaler, self._summed, shares, *told)
         try:
             if not alone:
                 self._check_differentiable(example_inputs)
@@ -348,6 +352,10 @@ class Scores:
             self.fold()
         self._arrivals.begin()
 
+    def forward_repeats(self) -> None:
+        """Gates say so, in a backward: a checkpoint runs a forward, perhaps the first that is seen of it."""
+        self._arrivals.scale.note()
+
     def backward_delivers(self) -> None:
         """Gates say so, in compiled code, whose forwards nobody sees: another backward was one of another forward."""
         if self._arrivals.another_backward():
@@ -355,9 +363,15 @@ class Scores:
                 self.forward_begins()
             self._arrivals.note_backward()
 
+    def discard(self) -> None:
+        """Forget the minibatch under way, of whose gradients no use is made: not for one whose step a scaler skips."""
+        self._arrivals.discard()
+        if self._weight_squares:
+            self._weight_squares.clear()
+
     def reset(self) -> None:
         """Forget every minibatch so far."""
-        self._discard()
+        self.discard()
         self._statistics.reset(len(self.units))
         if self._gram:
             self._gram.reset()
@@ -397,7 +411,7 @@ class Scores:
         model's state, or one that lacks a statistic or the Gram matrix in the form kept here.
         """
         self._check_state(state)
-        self._discard()
+        self.discard()
         self._statistics.load_state_dict(state)
         if self._gram:
             self._gram.load_state_dict(state["gram"])
@@ -419,6 +433,8 @@ class Scores:
         if self._gram:
             self._check_sources(state)
             self._gram.merge(state["gram"])
+        if self._lockstep:
+            self._lockstep.extend(state["lockstep"])
         self._statistics.merge(state)
         self._asked += state["asked"]
         self._silent &= set(state["silent"])
@@ -436,16 +452,16 @@ class Scores:
         everything in this process as it was, where :meth:`merge` does here: make the Scores alike in all of them.
         """
         own = self.state_dict()
-        first, *others = gathered(own, group)
+        first, *others = states = gathered(own, group)
         try:
             self.load_state_dict(first)
             for state in others:
                 self.merge(state)
+            if self._lockstep:
+                self._in_lockstep([state.get("lockstep", []) for state in states])
         except ValueError:
             self.load_state_dict(own)
             raise
-        if self._lockstep:
-            self._in_lockstep([state["lockstep"] for state in (first, *others)])
 
     def _in_lockstep(self, logs: list[Any]) -> None:
         """Count the i-th minibatches of all ``logs`` as one."""
@@ -482,6 +498,8 @@ class Scores:
         self._statistics.check(state)
         if self._gram:
             self._gram.check(state.get("gram"))
+        if self._lockstep and "lockstep" not in state and state["minibatches"]:
+            raise ValueError("these scores were not kept for several processes in lockstep; begin a round anew")
 
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
@@ -515,11 +533,6 @@ class Scores:
             if self._gram and self._gram.wants(source):
                 self._gram.add(rows, finite, source)
 
-    def _discard(self) -> None:
-        self._arrivals.discard()
-        if self._weight_squares:
-            self._weight_squares.clear()
-
     def _values(self, minibatch: Minibatch) -> Values:
         others = {}
         device = next(iter(minibatch.parts[0].arrived.values()))[0].device
@@ -546,7 +559,7 @@ class Scores:
 
     def _mean(self, need: str) -> Tensor:
         self._check_any()
-        if need in (*_FROM_SAMPLES, *FROM_CURVATURE):
+        if self._summed or need in (*_FROM_SAMPLES, *FROM_CURVATURE):
             self._check_samples()
         count = self._curvatures() if need in FROM_CURVATURE else int(self._statistics.count)
         total = self._statistics.sums[need]

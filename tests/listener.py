@@ -19,6 +19,9 @@ class Listener:
     def forward_begins(self) -> None:
         """Nothing is folded: what has arrived waits for ``heard``, or for the next forward to add to it."""
 
+    def forward_repeats(self) -> None:
+        """A checkpoint's."""
+
     def backward_delivers(self) -> None:
         """Nor in compiled code."""
 

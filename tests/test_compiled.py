@@ -215,3 +215,35 @@ def test_scores_that_are_gone_leave_compiled_code_running():
     again.detach()
     loss_of(forward, x, target).backward()
     assert again.minibatches == 1
+
+
+class Twice(nn.Module):
+    """A layer that runs twice on the same input, which a compiler might make one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out((self.into(x) + self.into(x)).relu())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_layers_that_run_twice_on_the_same_input(backend):
+    torch.manual_seed(0)
+    eager = tk.convert(Twice())
+    model = copy.deepcopy(eager)
+    x = torch.randn(7, 4)
+    wanted, found = tk.Scores(eager, x), tk.Scores(model, x)
+    for of in (eager, compiled(model, backend)):
+        of(x).square().mean().backward()
+    assert alike(found, wanted) < 1e-5
+
+
+def test_transforms_inside_of_compiled_code_are_not_scored():
+    model = tk.convert(Twice())
+    scores = tk.Scores(model, torch.rand(2, 4))
+    gradients = torch.compile(lambda x: torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x), backend="eager")
+    x = torch.randn(7, 4)
+    expected = torch.autograd.grad(model(x).sum(), x.requires_grad_())[0] if x.requires_grad_() is x else None
+    assert distance(gradients(x), expected) < 1e-5 and scores.minibatches == 0

@@ -370,7 +370,9 @@ def test_gradcheck(activation, residual, training, device):
 
     with forced(device, reference):
         assert torch.autograd.gradcheck(run, [of[name].requires_grad_() for name in names])
-        assert torch.autograd.gradcheck(lambda a: ChannelGate.apply(a, z, None, lambda t: t, lambda: a), [of["x"]])
+        assert torch.autograd.gradcheck(
+            lambda a: ChannelGate.apply(a, z, None, lambda t: t, lambda: a, None), [of["x"]]
+        )
 
 
 def test_the_table_serves_a_gpu_of_every_kind():

@@ -145,6 +145,22 @@ def test_what_lightning_masked_is_cut_when_fitting_ends(tmp_path):
     assert callback.removed and model.network.conv1.out_channels < 12
 
 
+@pytest.mark.parametrize("averaging", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averaged_weights_need_a_mask_in_lightning(averaging, tmp_path):
+    if not hasattr(pl.callbacks, averaging):
+        pytest.skip(f"this Lightning has no {averaging}")
+
+    class Own(getattr(pl.callbacks, averaging)):
+        pass
+
+    arguments = {"swa_lrs": 0.01, "swa_epoch_start": 1} if averaging.startswith("Stochastic") else {}
+    with pytest.raises(ValueError, match=r"^Own keeps an average .* mode='mask'"):
+        fitted(lightning_callback.Classifier(), pruning(), tmp_path, callbacks=[Own(**arguments)])
+    model, callback = lightning_callback.Classifier(), pruning(mode="mask")
+    fitted(model, callback, tmp_path, callbacks=[Own(**arguments)])
+    assert callback.removed and model.network.conv1.out_channels < 12
+
+
 def test_several_processes_need_a_mask():
     with pytest.raises(ValueError, match="give mode='mask'"):
         Training(digits.example(), {}).refuse(2)
@@ -213,6 +229,30 @@ def test_hugging_face_goes_on_from_a_checkpoint_without_pruning(tmp_path):
 def test_hugging_faces_settings_that_do_not_go_with_pruning_are_refused(tmp_path):
     with pytest.raises(ValueError, match="would make the callback anew"):
         huggingface_trainer.trainer(str(tmp_path), restore_callback_states_from_checkpoint=True)
+
+
+def test_a_callback_that_is_added_later_refuses_the_same_when_training_begins(tmp_path):
+    trainer = huggingface_trainer.trainer(str(tmp_path))
+    pruning = callback_of(trainer)
+    trainer.remove_callback(pruning)
+    trainer.args.load_best_model_at_end = True
+    trainer.add_callback(pruning)
+    with pytest.raises(ValueError, match="load_best_model_at_end: the best model"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert pruning.pruner is None
+
+
+def test_a_callback_that_is_added_later_does_not_resume(tmp_path):
+    """Masked weights have the shapes of the dense ones, so that the Trainer loads them; cut ones it refuses itself."""
+    resumable(tmp_path, "mask").train()
+    trainer = resumable(tmp_path, "mask")
+    callback_of(trainer)._waiting.leave()
+    trainer.remove_callback(callback_of(trainer))
+    late = huggingface.PruningCallback(digits.example(), **digits.PRUNING, mode="mask")
+    trainer.add_callback(late)
+    with pytest.raises(ValueError, match="give it to the Trainer from the start"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert late.pruner is None
 
 
 def test_a_model_that_takes_tokens_is_pruned_by_hugging_faces_trainer(tmp_path):

@@ -144,6 +144,18 @@ def test_a_class_that_validation_lacks_is_warned_of(data, tmp_path, prune):
     assert re.search(r"warning: .*\b3\b", err)
 
 
+def test_a_class_whose_held_out_images_are_all_damaged_is_warned_of(data, tmp_path, prune):
+    for image in (data / "val" / "3").iterdir():
+        image.write_bytes(b"")
+    code, err = prune(data, tmp_path / "out")
+    assert code == 0
+    told = "no held-out image of 3 can be read"
+    assert err.count(f"warning: {told}") == 1
+    assert [told in warning for warning in json.loads((tmp_path / "out/summary.json").read_text())["warnings"]] == [
+        True
+    ]
+
+
 def test_folders_without_images_are_refused(data, tmp_path, prune):
     (tmp_path / "empty").mkdir()
     shutil.rmtree(data / "train")

@@ -22,6 +22,37 @@ def test_images_of_every_kind_are_read_in_colour_and_square(mode, value, tmp_pat
     assert image.shape == (3, 5, 5) and image.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("kind, ending", [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")])
+def test_sixteen_bits_of_grey_keep_their_shades(kind, ending, tmp_path):
+    shades = np.array([[0, 257 * 50], [257 * 128, 65535]], dtype=kind)
+    Image.fromarray(shades).save(tmp_path / f"a.{ending}")
+    assert images.read(tmp_path / f"a.{ending}", 2)[0].tolist() == [[0, 50], [128, 255]]
+
+
+def test_few_numbers_of_32_bits_are_bytes(tmp_path):
+    Image.fromarray(np.array([[0, 50], [128, 255]], dtype=np.int32)).save(tmp_path / "a.tif")
+    assert images.read(tmp_path / "a.tif", 2)[1].tolist() == [[0, 50], [128, 255]]
+
+
+@pytest.mark.parametrize(
+    "numbers", [np.ones((2, 2), np.float32), np.full((2, 2), -1, np.int32), np.full((2, 2), 70000, np.int32)]
+)
+def test_images_without_a_known_white_are_unreadable(numbers, tmp_path):
+    Image.fromarray(numbers).save(tmp_path / "a.tif")
+    with pytest.raises(images.UnreadableError, match="white is not known"):
+        images.read(tmp_path / "a.tif", 2)
+
+
+def test_images_are_turned_upright(tmp_path):
+    sideways = Image.fromarray(np.array([[0, 50], [100, 255]], dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned to the left
+    sideways.save(tmp_path / "a.png", exif=exif)
+    assert images.read(tmp_path / "a.png", 2)[0].tolist() == [[100, 0], [255, 50]]
+    sideways.save(tmp_path / "b.png", exif=b"Exif\0\0no such thing")
+    assert images.read(tmp_path / "b.png", 2)[0].tolist() == [[0, 50], [100, 255]]
+
+
 def test_files_that_hold_no_whole_image_say_so(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(whole)

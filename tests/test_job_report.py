@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import taylorkern as tk
-from taylorkern.job import figures, html, latency, ranks
+from taylorkern.job import figures, html, latency, progress, ranks
 from taylorkern.job.svg import Axis
 from tests.networks import residual
 
@@ -144,6 +144,25 @@ def test_values_that_are_missing_or_no_numbers_are_dashes():
 @pytest.mark.parametrize("picture", [figures.descent, figures.curves, figures.widths, figures.ranks])
 def test_without_anything_to_draw_a_picture_is_left_out(picture):
     assert picture(summary(history=[], widths={}, ranks={})) == ""
+
+
+def test_a_run_without_a_round_says_why_there_are_no_ranks():
+    assert "the target was met without a round of pruning" in html.page(summary(ranks={}, history=[]))
+    assert "without a round of pruning" not in html.page(summary())
+
+
+def test_the_report_says_how_latency_was_measured():
+    assert "evaluation mode, in 32-bit floating point and contiguous memory, not compiled" in html.page(summary())
+
+
+def test_the_bar_of_pruning_goes_by_the_part_that_went(capsys):
+    with progress.Progress("prune", 100, 0) as bar:
+        for done in (0.0, 0.4, 1.0):
+            for _ in range(10):
+                bar.step(0.5)
+            bar.part(done)
+    told = capsys.readouterr().err
+    assert " 20/50 " in told and told.rstrip().splitlines()[-1].count("100%") and " 30/30 " in told
 
 
 def test_every_round_is_a_dot_and_the_end_a_ring():

@@ -1,6 +1,7 @@
 """A job that is stopped anywhere and started again ends with the same bits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,9 @@ def test_a_job_that_is_stopped_ends_with_the_same_bits(options, digits, tmp_path
     assert stopped_and_gone_on(monkeypatch, digits, tmp_path / "parts", [4, 7, 5], **options) == expected
 
 
-def test_data_of_a_function_that_shuffles_and_a_network_that_drops_out_go_on_too(tmp_path, monkeypatch):
-    data = f"{tiny_job.FILE}:batches"
+@pytest.mark.parametrize("function", ["batches", "own_batches"])
+def test_data_of_a_function_that_shuffles_and_a_network_that_drops_out_go_on_too(function, tmp_path, monkeypatch):
+    data = f"{tiny_job.FILE}:{function}"
     steps, expected = undisturbed(data, tmp_path / "whole", epochs=2, finetune_epochs=2)
     assert steps > 20
     stops = [4, 9, 6]
@@ -82,6 +84,43 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     (data / "train/3/001.png").write_bytes(b"no image")
     alone = undisturbed(data, tmp_path / "alone", augment=True)
     assert undisturbed(data, tmp_path / "two", augment=True, workers=2) == alone
+
+
+def test_minibatches_of_one_image_are_learned_from(tmp_path):
+    summary = run.run(tiny_job.settings(f"{tiny_job.FILE}:single_images", tmp_path / "out"))
+    assert summary["empty"] == 0 and summary["history"][0]["train_loss"] is not None
+
+
+@pytest.mark.parametrize("lost", [run.NETWORK, run.REPORT, run.HISTORY])
+def test_results_that_are_gone_are_made_again_from_the_last_checkpoint(lost, digits, tmp_path, monkeypatch):
+    _, expected = undisturbed(digits, tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    monkeypatch.setattr(learner.Learner, "learn", None)
+    run.run(tiny_job.settings(digits, tmp_path / "out"))
+    assert results(tmp_path / "out") == expected and (tmp_path / "out" / lost).exists()
+
+
+def test_results_that_are_gone_and_have_no_checkpoint_are_told_of(digits, tmp_path, monkeypatch):
+    undisturbed(digits, tmp_path / "out")
+    (tmp_path / "out" / run.NETWORK).unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(CommandError, match=f"lacks {run.NETWORK}.*--restart"):
+        run.run(tiny_job.settings(digits, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_summary_is_named_with_what_to_do(content, digits, tmp_path):
+    undisturbed(digits, tmp_path / "out")
+    (tmp_path / "out" / run.SUMMARY).write_text(content)
+    with pytest.raises(CommandError, match=f"{run.SUMMARY} is damaged; remove it"):
+        run.run(tiny_job.settings(digits, tmp_path / "out"))
+
+
+def test_training_that_diverges_stops_and_its_checkpoint_stays(digits, tmp_path):
+    with pytest.raises(CommandError, match=r"diverged; --restart with a lower --lr than 1e\+3"):
+        run.run(tiny_job.settings(digits, tmp_path / "out", lr=1e30, checkpoint_every=1))
+    assert list((tmp_path / "out").glob("checkpoints/dense/step-*.pt"))
+    assert not (tmp_path / "out" / run.SUMMARY).exists()
 
 
 def test_points_and_skipped_files_are_not_told_twice(tmp_path, monkeypatch):

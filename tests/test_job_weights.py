@@ -1,3 +1,4 @@
+import argparse
 import pickle
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import taylorkern as tk
 from taylorkern.errors import CommandError
 from taylorkern.job import sources, weights_file
 from tests import tiny_job
@@ -24,6 +26,62 @@ def test_weights_are_found_in_files_of_every_kind(tmp_path):
         model = tiny_job.build(3)
         weights_file.put(path, weights_file.read(path), model)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def wrapped(state, before):
+    return {before + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda state: {"state_dict": wrapped(state, "model."), "epoch": 3, "hyper_parameters": {"lr": 0.1}},
+        lambda state: wrapped(state, "_orig_mod.module."),
+        lambda state: wrapped(state, "module._orig_mod.model."),
+        lambda state: {"net": state, "acc": 91.2, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1)},
+        lambda state: {**state, "aux1.conv.conv.weight": torch.ones(2), "AuxLogits.fc.bias": torch.ones(2)},
+    ],
+)
+def test_weights_are_found_as_trainers_wrap_them(saved, tmp_path):
+    state = {name: tensor + 1 for name, tensor in tiny_job.build(3).state_dict().items()}
+    torch.save(saved(state), tmp_path / "last.ckpt")
+    model = tiny_job.build(3)
+    weights_file.put(tmp_path / "last.ckpt", weights_file.read(tmp_path / "last.ckpt"), model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_part_that_was_compiled_alone_and_a_models_own_first_name_are_understood():
+    for names, saved in (({"body"}, {"body": "body._orig_mod"}), ({"module"}, {}), ({"model"}, {})):
+        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+        state = {}
+        for name, tensor in model.state_dict().items():
+            first, _, rest = name.partition(".")
+            state[f"{saved.get(first, first)}.{rest}"] = tensor + 1
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        weights_file.put("a file", state, model)
+        assert all(torch.equal(tensor, before[name] + 1) for name, tensor in model.state_dict().items())
+
+
+def test_of_several_networks_in_a_file_none_is_guessed(tmp_path):
+    torch.save({"ema": {"w": torch.ones(1)}, "net": {"w": torch.ones(1)}}, tmp_path / "two.pt")
+    with pytest.raises(CommandError, match=r"holds no state_dict \(it has 'ema', 'net'\)"):
+        weights_file.read(tmp_path / "two.pt")
+
+
+def test_objects_in_a_file_are_named_and_not_made(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(1)}, "model": tiny_job.build(3)}, tmp_path / "whole.pt")
+    with pytest.raises(CommandError, match=r"objects beside its tensors \(torch.nn.modules") as caught:
+        weights_file.read(tmp_path / "whole.pt")
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_pruned_network_is_recognised(tmp_path):
+    model = tk.convert(nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 2)))
+    tk.prune(model, torch.ones(1, 2), torch.arange(6.0), target=0.5)
+    tk.save(model, tmp_path / "pruned.safetensors")
+    with pytest.raises(CommandError, match=r"pruned network of taylorkern's: tk\.load"):
+        weights_file.read(tmp_path / "pruned.safetensors")
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):

@@ -7,6 +7,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import taylorkern as tk
 from tests.cases import distance
@@ -324,3 +326,93 @@ def test_checkpointed_normalisations_are_unpacked_once(criteria):
         nn.functional.cross_entropy(model(x, checkpointed), target).backward()
         found.append(scores.importance((criteria or ["taylor_fo"])[0]))
     assert torch.equal(*found)
+
+
+def test_a_minibatch_can_be_thrown_away(plain):
+    model, optimizer, scores = made()
+    for x, target in samples():
+        (1e3 * cross_entropy(model, -x, target)).backward()
+        scores.discard()
+        cross_entropy(model, x, target).backward()
+        optimizer.step()
+    assert (scores.minibatches, scores.dropped) == (2, 0)
+    assert_alike(scores, {name: plain[name] for name in CRITERIA if name != "taylor_weight"}, 1e-6)
+
+
+def test_a_step_that_is_broken_off_spoils_none_but_its_own(plain):
+    model, optimizer, scores = made()
+
+    def broken():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(broken)
+    optimizer.step()
+    for x, target in samples():
+        for part, wanted in zip(x.chunk(4), target.chunk(4), strict=True):
+            (cross_entropy(model, part, wanted) / 4).backward()
+        optimizer.step()
+    assert scores.minibatches == 2
+    assert_alike(scores, plain)
+
+
+def test_the_last_backward_of_an_accumulated_step_may_be_its_closure_s(plain):
+    model, optimizer, scores = made()
+    for x, target in samples():
+        *first, last = zip(x.chunk(4), target.chunk(4), strict=True)
+        for part, wanted in first:
+            (cross_entropy(model, part, wanted) / 4).backward()
+        optimizer.step(lambda last=last: (cross_entropy(model, *last) / 4).backward())
+    assert scores.minibatches == 2
+    assert_alike(scores, plain)
+
+
+def test_reentrant_checkpoints_are_unscaled():
+    found = []
+    for factor in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = tk.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)))
+        scaler = torch.amp.GradScaler("cpu", init_scale=factor, growth_interval=10**6)
+        scores = tk.Scores(model, X, scaler=scaler)
+        for x, target in samples():
+            logits = checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+            scaler.scale(logits[range(16), target].mean()).backward()
+        found.append(scores.importance("taylor_fo"))
+    assert distance(*found) < 1e-6
+
+
+def test_sums_over_samples_that_layers_see_in_other_numbers_warn():
+    model = tk.convert(
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(0, (-1, 5)), nn.Flatten(), nn.Linear(30, 3))
+    )
+    scores = tk.Scores(model, None, reduction="sum")
+    model(torch.rand(10, 4)).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"0 was given \[10\] samples and 4 \[2\]"):
+        scores.importance("taylor_fo")
+
+
+def test_forward_mode_gradients_pass_and_are_not_scored():
+    model = tk.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)))
+    scores = tk.Scores(model, X)
+    x = samples()[0][0]
+    with forward_ad.dual_level(), pytest.warns(UserWarning, match="not scored"):
+        _, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x)))
+    assert tangent is not None and scores.minibatches == 0
+
+
+class Prepared(torch.optim.Optimizer):
+    """As accelerate's: an optimiser that has another one do everything."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def test_prepared_optimizers_are_heard_of():
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.0)
+    scores = tk.Scores(model, X, optimizer=Prepared(inner))
+    x, target = samples()[0]
+    for part, wanted in zip(x.chunk(4), target.chunk(4), strict=True):
+        cross_entropy(model, part, wanted).backward()
+    inner.step()
+    assert scores.minibatches == 1

@@ -184,7 +184,7 @@ def test_gradcheck(training, activation, residual):
         z = torch.ones(3, 4, dtype=torch.float64)
         with torch.no_grad():
             forward = ops.batch_norm_act(x, r, weight, bias, mean, var, training, 1e-5, activation, SLOPE)
-        return BatchNormAct.apply(x, r, weight, bias, z, None, *forward, training, 1e-5, activation, SLOPE)
+        return BatchNormAct.apply(x, r, weight, bias, z, None, None, *forward, training, 1e-5, activation, SLOPE)
 
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradcheck(attached, leaves)
@@ -193,7 +193,7 @@ def test_gradcheck(training, activation, residual):
 def test_gradcheck_of_the_channel_gate():
     a = normal((2, 3, 4), 1, torch.float64).requires_grad_()
     z = torch.ones(2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a: ChannelGate.apply(a, z, None, lambda t: t, lambda: a), [a])
+    assert torch.autograd.gradcheck(lambda a: ChannelGate.apply(a, z, None, lambda t: t, lambda: a, None), [a])
 
 
 def test_bad_arguments_are_named():

@@ -20,11 +20,25 @@ def build(num_classes):
     )  # fmt: skip
 
 
-def batches():
+def batches(generator=None, size=8):
     """Shuffled by torch's global random numbers."""
     images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = (images.mean((1, 2, 3)) > 0.5).long()
-    return DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True), [(images[:9], labels[:9])]
+    return _shuffled(images, labels, generator, size), [(images[:9], labels[:9])]
+
+
+def own_batches():
+    """Shuffled by a generator of their own."""
+    return batches(torch.Generator())
+
+
+def single_images():
+    """Minibatches of one."""
+    return batches(size=1)
+
+
+def _shuffled(images, labels, generator, size):
+    return DataLoader(TensorDataset(images, labels), batch_size=size, shuffle=True, generator=generator)
 
 
 def folder(path, per_class=10):

@@ -30,15 +30,21 @@ class PruningCallback(TrainerCallback, ExportableState):
     ``trainer.train(resume_from_checkpoint=...)`` goes on where a checkpoint was made, with the model, the Trainer and
     this callback built as before: the pruner's state is in its ``trainer_state.json``. Give the callback to the Trainer
     from the start, ``Trainer(..., callbacks=[...])``: it takes a pruned network's weights from the Trainer, which
-    reads them before anything else, and hands them on when the cuts have been repeated. Of several processes only the
+    reads them before anything else, and hands them on when the cuts have been repeated. Without it there, by
+    ``add_callback``, torch finds a size mismatch in them. Of several processes only the
     first one's statistics of the round under way are in the checkpoint. ``model_init`` does not go with resuming.
+
+    The pruned network is the Trainer's model after training: ``taylorkern.save(trainer.model, path)``, and
+    ``taylorkern.load(path, model)`` of a model built anew. ``from_pretrained`` builds the dense network, which cut
+    weights don't fit.
 
     ``pruner`` is the Pruner, None before; ``removed`` has the units of every round of this training.
 
-    Making a Trainer raises ValueError with several processes unless mode="mask", with DataParallel, FSDP, DeepSpeed,
-    ``load_best_model_at_end`` or ``restore_callback_states_from_checkpoint``; training raises what Pruner refuses,
-    ValueError for weights of a pruned network without a pruner's state, and RuntimeError where this callback has
-    pruned a training already.
+    Making a Trainer, or training where the callback was added later, raises ValueError with several processes unless
+    mode="mask", with DataParallel, FSDP, DeepSpeed, ``load_best_model_at_end`` or
+    ``restore_callback_states_from_checkpoint``; training raises what Pruner refuses, ValueError for weights of a pruned
+    network without a pruner's state or for resuming with a callback that was added later, and RuntimeError where this
+    callback has pruned a training already.
 
     >>> PruningCallback({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}, every=30, step=100).removed
     []
@@ -67,20 +73,28 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what can't be pruned, and see weights before they are loaded."""
+        self._refuse(args)
+        self._waiting.watch(given["model"])
+
+    def _refuse(self, args: Any) -> None:
         for name, wrong in _REFUSED.items():
             if wrong(args):
                 raise ValueError(f"{name}: {_WHY[name]}")
         self._training.refuse(args.world_size)
-        self._waiting.watch(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Make the pruner; in a resumed training, repeat the cuts and hand the weights on."""
         model, optimizer = given["model"], given["optimizer"]
         scaler, optimizer = getattr(optimizer, "scaler", None), getattr(optimizer, "optimizer", optimizer)
-        self._training.refuse(args.world_size)
+        self._refuse(args)
         # Kept where the checkpoint is of a training without this callback: the Trainer asks for it when it saves.
         entry = state.stateful_callbacks.setdefault(type(self).__name__, {})
         saved = _of_text(entry.get("attributes", {}).get(_STATE, ""))
+        if saved and not self._waiting.watches(model):
+            raise ValueError(
+                "this callback was added to a Trainer that was made already, which has read the checkpoint's weights "
+                "unseen; to resume, give it to the Trainer from the start: Trainer(..., callbacks=[callback])"
+            )
         self._waiting.leave()
         if not saved:
             self._waiting.refuse()
@@ -139,6 +153,10 @@ class _Waiting:
         _WATCHED[model] = self
         self._model = model
         self._hooks.append(model.register_load_state_dict_pre_hook(self._put_aside))
+
+    def watches(self, model: nn.Module) -> bool:
+        """Whether what is loaded into ``model`` is seen."""
+        return self._model is model and bool(self._hooks)
 
     def _put_aside(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
         own = model.state_dict()

@@ -1,6 +1,6 @@
 """Pruning as a callback of Lightning's Trainer, of the package ``lightning`` or ``pytorch_lightning``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -11,6 +11,7 @@ from ..pruner import Pruner
 from .training import Training
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+AVERAGING = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
 
 
 def _callback() -> Any:
@@ -43,10 +44,15 @@ class PruningCallback(_Callback):
     and its network is the dense one. Of several processes only the first one's statistics of the round under way are
     in the checkpoint.
 
+    The pruned network is ``module`` after fitting: ``taylorkern.save(module, path)``, and ``taylorkern.load(path,
+    module)`` of a module built anew. Lightning's ``load_from_checkpoint`` builds the dense network, which cut weights
+    don't fit.
+
     ``pruner`` is the Pruner, None before; ``removed`` has the units of every round of this fit.
 
-    Fitting raises ValueError with several processes unless mode="mask", with a strategy that shards the model, and for
-    what Pruner refuses; RuntimeError where this callback has pruned a fit already.
+    Fitting raises ValueError unless mode="mask" with several processes, or a callback that averages weights; with a
+    strategy that shards the model, and for what Pruner refuses; RuntimeError where this callback has pruned a fit
+    already.
 
     >>> PruningCallback(target=0.5, of="params", every=30, step=100).removed
     []
@@ -88,6 +94,11 @@ class PruningCallback(_Callback):
                 "prune with strategy='ddp' and mode='mask', or on one device"
             )
         self._training.refuse(trainer.world_size)
+        if not self._training.masks and (averaging := _averaging(trainer.callbacks)):
+            raise ValueError(
+                f"{averaging} keeps an average of the weights as they were before the cuts, of other shapes; give "
+                "PruningCallback mode='mask', by which weights keep their shapes while training, or leave it out"
+            )
         theirs = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -151,6 +162,12 @@ class PruningCallback(_Callback):
         pl_module.to(trainer.strategy.root_device)
         self._training.finish()
         pl_module.to(away)
+
+
+def _averaging(callbacks: Iterable[Any]) -> str:
+    """The first of them that averages weights, by the name of its class, or ""."""
+    kinds = [type(each) for each in callbacks]
+    return next((kind.__name__ for kind in kinds if AVERAGING & {base.__name__ for base in kind.__mro__}), "")
 
 
 def _backward_first(optimizer_step: Callable[..., None]) -> Callable[..., None]:

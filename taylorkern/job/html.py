@@ -88,8 +88,12 @@ def _table(summary: Summary) -> str:
         cells = (told(dense), told(pruned), compared(number(dense), number(pruned)))
         lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "<tr><th></th><th>dense</th><th>pruned</th><th>pruned to dense</th></tr>"
+    timed = (
+        "Latency is that of a batch at once in evaluation mode, in 32-bit floating point and contiguous memory, not "
+        "compiled, whatever the training ran in."
+    )
     return _section(
-        "Before and after", "", f'<div class="wide"><table class="figures">{head}{"".join(lines)}</table></div>'
+        "Before and after", timed, f'<div class="wide"><table class="figures">{head}{"".join(lines)}</table></div>'
     )
 
 
@@ -120,6 +124,8 @@ def _ranks(summary: Summary) -> str:
         f"Where each layer's units stand among all, by {ranking(_plain(summary.get('criterion')))}, before the first "
         "cut: from the least important to the most, the middle half as a box, the median as a bar."
     )
+    if "history" in summary and not summary.get("ranks"):
+        return _section("Ranks by layer", "", "<p>There are none: the target was met without a round of pruning.</p>")
     return _section("Ranks by layer", told, figures.ranks(summary))
 
 

@@ -3,6 +3,7 @@
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from taylorkern.errors import CommandError, one_line
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that torchvision's weights were trained with
+EIGHT_BITS, SIXTEEN_BITS = 255, 65535  # white
 
 
 class UnreadableError(Exception):
@@ -27,9 +29,9 @@ def check_pillow() -> None:
 
 
 def read(path: Path, size: int) -> Tensor:
-    """The image in ``path`` as bytes [3, size, size], resized and in colour.
+    """The image in ``path`` as bytes [3, size, size], upright, resized and in colour; 16 bits of grey become 8.
 
-    Raises UnreadableError where it is truncated, damaged or none at all.
+    Raises UnreadableError where it is truncated, damaged or none at all, or its numbers have no known white.
     """
     from PIL import Image
 
@@ -37,12 +39,39 @@ def read(path: Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, once per file and worker
             with Image.open(path) as image:
-                resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+                resized = _eight_bits(_upright(image)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
     except Exception as error:  # on damaged files, Pillow's readers raise nearly everything
         raise UnreadableError(one_line(error).replace(str(path), path.name)) from error
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def _upright(image: Any) -> Any:
+    """Turned as its EXIF data say; damaged ones say nothing."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged pixels are told of where they are converted
+        return image
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image of larger numbers as one of bytes. Raises UnreadableError where it isn't known which is white."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise UnreadableError("its pixels are floating-point numbers, so that white is not known; save it as 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    numbers = np.asarray(image).astype(np.int64)
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or most > SIXTEEN_BITS:
+        raise UnreadableError(f"its numbers go from {least} to {most}, so that white is not known; save it as 8 bits")
+    if image.mode == "I" and most <= EIGHT_BITS:
+        return Image.fromarray(numbers.astype(np.uint8))
+    return Image.fromarray((numbers * EIGHT_BITS / SIXTEEN_BITS).round().astype(np.uint8))
 
 
 def altered(image: Tensor, draw: random.Random) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import taylorkern as tk
 from taylorkern.selection import asks_for_curvature
 
+from .checks import usable
 from .data import Data
 from .settings import Settings
 
@@ -78,11 +79,11 @@ class Learner:
 
 
 def device(named: str) -> torch.device:
-    """The device called ``named``; "auto" is the accelerator where there is one.
+    """The device called ``named``; "auto" is the accelerator where there is one. CommandError where it can't be used.
 
     >>> device("cpu")
     device(type='cpu')
     """
     if named != "auto":
-        return torch.device(named)
+        return usable(named)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, BooleanOptionalAction
 from typing import Any
 
-from taylorkern.arguments import above_zero, names, natural, positive, share
+from taylorkern.arguments import above_zero, names, natural, not_negative, positive, share
 from taylorkern.budget import MEASURES
 
 from .settings import RATES, Settings
@@ -31,7 +31,8 @@ def add_score(command: ArgumentParser) -> None:
     add = command.add_argument
     add("--criterion", type=names, default=[Settings.criterion], metavar="A,B,...",
         help=f"one or several criteria (default {Settings.criterion})")  # fmt: skip
-    add("--batches", type=positive, default=50, metavar="N", help="minibatches of the training data (default 50)")
+    add("--batches", type=positive, default=50, metavar="N", help="minibatches of the training data, of an "
+        "epoch at most (default 50)")  # fmt: skip
     add("--out", default="scores.json", metavar="FILE", help="a .safetensors or .json file (default scores.json)")
 
 
@@ -47,7 +48,8 @@ def _add_network(command: ArgumentParser) -> None:
 def _add_data(command: ArgumentParser) -> None:
     add = command.add_argument
     add("--data", required=True, metavar="DIR|FILE.py:FUNCTION", help="a folder with train/CLASS/* and val/CLASS/*, or "
-        "with CLASS/*; or a function that returns (train, val), iterables of (images, labels)")  # fmt: skip
+        "with CLASS/*; or a function that returns (train, val), iterables of (images, labels); what they shuffle by "
+        "global random numbers or a DataLoader's generator is the same after an interruption")  # fmt: skip
     add("--val-share", type=share, default=Settings.val_share, metavar="X", help="the part of each class that is held "
         f"out where the folder holds CLASS/* (default {Settings.val_share})")  # fmt: skip
     add("--size", type=positive, default=Settings.size, metavar="PIXELS",
@@ -83,7 +85,7 @@ def _add_training(command: ArgumentParser) -> None:
     add("--optimizer", default=Settings.optimizer, choices=sorted({name for name, _ in RATES}), help="default sgd")
     add("--lr", type=above_zero, metavar="X", help="the highest learning rate (default for sgd 0.05, 0.01 without "
         "training before; for adamw 0.001 and 0.0001)")  # fmt: skip
-    add("--weight-decay", type=float, metavar="X", help="default for sgd 0.0005, for adamw 0.05")
+    add("--weight-decay", type=not_negative, metavar="X", help="default for sgd 0.0005, for adamw 0.05")
     add("--amp", default=Settings.amp, choices=["off", "bf16", "fp16"], help="mixed precision (default off)")
     _add_switch(command, "channels-last", "keep images and weights in channels_last")
     _add_switch(command, "compile", "compile the network, but while it is pruned")

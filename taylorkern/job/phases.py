@@ -1,6 +1,7 @@
 """The phases of a run: training, pruning and fine-tuning, each from wherever it stopped to its end."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Phases:
                 self._epoch_ends(bar)
         self._learner.compiled(False)
         self._record.dense = self._evaluate()
+        for warning in self._data.unmeasured(self._record.skipped):
+            say(f"warning: {warning}")
         self._stages.begin_pruning()
         self._record.next_phase()
         self._add(self._record.dense)
@@ -79,6 +82,7 @@ class Phases:
             while not pruner.done:
                 bar.step(self._learn(steps, pruner.scores))
                 if self._rank_and_step(pruner, planned):
+                    bar.part(1.0 if pruner.done else (1 - pruner.kept) / (1 - self._settings.target))
                     bar.point(self._add(self._evaluate(PER_ROUND)))
                 self._save_at_times()
         self._record.next_phase()
@@ -112,13 +116,26 @@ class Phases:
         images, labels, skipped = next(self._stream)
         self.note(skipped)
         loss = None
-        if len(labels) >= min(LEAST_IMAGES, settings.batch):
+        if len(labels) >= min(LEAST_IMAGES, self._data.batch):
             rate = schedule.rate(record.phase, settings.peak, record.phase_step, steps)
             loss = self._learner.learn(images, labels, rate, scores, record.step)
+            self._check(loss)
             record.loss_sum, record.loss_count = record.loss_sum + loss, record.loss_count + 1
         record.empty += loss is None
         record.step, record.phase_step = record.step + 1, record.phase_step + 1
         return loss
+
+    def _check(self, loss: float) -> None:
+        """Raise CommandError where training has diverged.
+
+        With fp16 a step without a finite loss is skipped and the scale halved, so that has to last.
+        """
+        if not math.isfinite(loss) and self._learner.scaler.get_scale() <= 1:
+            record = self._record
+            raise CommandError(
+                f"the loss is {loss} at step {record.step}, phase {record.phase}: training has diverged; --restart "
+                f"with a lower --lr than {self._settings.peak}; the checkpoint before this stays till then"
+            )
 
     def _rank_and_step(self, pruner: tk.Pruner, planned: int) -> bool:
         """Whether this was a round; the ranks that the first one goes by are kept."""

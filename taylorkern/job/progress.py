@@ -34,6 +34,12 @@ class Progress:
             self._bar.set_postfix(self._told, refresh=False)
         self._bar.update()
 
+    def part(self, done: float) -> None:
+        """About so much of the phase is done, of 1; the steps that it takes are reckoned anew."""
+        if done > 0 and self._bar.total is not None:
+            self._bar.total = max(self._bar.n, round(self._bar.n / min(done, 1.0)))
+            self._bar.refresh()
+
     def point(self, point: Mapping[str, float]) -> None:
         """Something was measured."""
         self._told |= {"accuracy": f"{point['accuracy']:.1%}", "channels": f"{point['channels']:,}"}

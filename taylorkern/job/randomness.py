@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,29 @@ from taylorkern import randomness
 
 def seed(*numbers: int) -> None:
     """Seed all of them by ``numbers``."""
-    drawn = random.Random(" ".join(map(str, numbers))).getrandbits(32)
+    drawn = _drawn(numbers)
     random.seed(drawn)
     np.random.seed(drawn)
     torch.manual_seed(drawn)
+
+
+def seed_generators(loader: Any, *numbers: int) -> None:
+    """Seed the generators of ``loader``, a DataLoader, and of its samplers by ``numbers``; others have none.
+
+    >>> loader = torch.utils.data.DataLoader([1, 2], generator=torch.Generator())
+    >>> seed_generators(loader, 0, 3)
+    >>> loader.generator.initial_seed() == random.Random("0 3").getrandbits(32)
+    True
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(_drawn(numbers))
+
+
+def _drawn(numbers: tuple[int, ...]) -> int:
+    return random.Random(" ".join(map(str, numbers))).getrandbits(32)
 
 
 @contextmanager

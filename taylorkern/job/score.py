@@ -15,14 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import taylorkern as tk
+from taylorkern.criteria import CRITERIA, criterion
 from taylorkern.errors import CommandError
 from taylorkern.files import replace
+from taylorkern.gram import NEEDING_GRAM
 from taylorkern.selection import asks_for_curvature
 
 from . import sources, weights_file
+from .checks import check_output
 from .data import Data, open_data
 from .learner import Learner
-from .progress import say_skipped
+from .progress import say, say_skipped
 from .settings import Settings
 
 
@@ -33,19 +36,22 @@ def score(options: Namespace) -> dict[str, Any]:
     can't judge it. A .safetensors file holds a tensor [U] of each criterion and "places" [P, 3] (unit, number of the
     layer, channel); its metadata have the layers' names, as JSON.
 
-    Raises CommandError for an unknown criterion or ending, and whatever can't be read.
+    Raises CommandError, before anything is scored, for a criterion that gives no importances, a file that can't be
+    written and whatever does not fit; and where no image can be read.
     """
     out = Path(options.out)
-    if out.suffix not in WRITERS:
-        raise CommandError(f"--out {out} must end in {' or '.join(WRITERS)}")
+    _check(out, options.criterion)
     settings = Settings(**{name: value for name, value in vars(options).items() if name in _SHARED})
     data = open_data(settings)
     model = sources.network(settings.model, len(data.classes), settings.seed)
     if settings.weights:
         weights_file.put(Path(settings.weights), weights_file.read(Path(settings.weights)), model)
     learner = Learner(model, data, settings)
+    check_output(learner.model, learner.example(), len(data.classes))
     scores = tk.Scores(learner.model, learner.example(), criteria=options.criterion, seed=settings.seed)
-    skipped = _collect(scores, learner, options.criterion, options.batches)
+    skipped = _collect(scores, learner, options.criterion, _within_an_epoch(options.batches, data))
+    if not scores.minibatches and not scores.dropped:
+        raise CommandError(f"no image of --data {settings.data} can be read; look at the files named above")
     importances = {name: scores.importance(name).cpu() for name in options.criterion}
     result = _result(scores, data, importances, skipped)
     replace(out, WRITERS[out.suffix](scores, importances, result))
@@ -53,6 +59,25 @@ def score(options: Namespace) -> dict[str, Any]:
 
 
 _SHARED = ("model", "data", "weights", "size", "batch", "workers", "val_share", "augment", "device", "seed")
+
+
+def _check(out: Path, criteria: list[str]) -> None:
+    if out.suffix not in WRITERS:
+        raise CommandError(f"--out {out} must end in {' or '.join(WRITERS)}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise CommandError(f"--out {out}: no file can be there; make the folder {out.parent}, or give another name")
+    if not criteria:
+        raise CommandError(f"--criterion names none; known are {', '.join(CRITERIA)}")
+    for name in criteria:
+        if name in NEEDING_GRAM:
+            raise CommandError(f"--criterion {name} chooses sets, so no unit has an importance by it; give another")
+        criterion(name)
+
+
+def _within_an_epoch(batches: int, data: Data) -> int:
+    if batches > data.per_epoch:
+        say(f"--batches {batches} is more than an epoch; all {data.per_epoch} minibatches are taken, each once")
+    return min(batches, data.per_epoch)
 
 
 def _collect(scores: tk.Scores, learner: Learner, criteria: list[str], batches: int) -> dict[str, str]:

@@ -87,15 +87,17 @@ class Settings:
 def keep(folder: Path, settings: Settings, data_digest: str) -> None:
     """Write the settings into ``folder``, or compare them with those that are there.
 
-    Raises CommandError, naming the differences, where the folder belongs to another command or to data that changed
-    since, and OSError where it can't be written.
+    Raises CommandError, naming the differences, where the folder belongs to another command, or the data, the weights
+    or the file of FILE.py:FUNCTION (not what that imports) changed since, and OSError where it can't be written.
     """
     asked = {**asdict(settings), "data digest": data_digest, "weights digest": _digest(settings.weights)}
+    files = {f"{name} file digest": _digest(_file(getattr(settings, name))) for name in ("model", "data")}
     path = folder / FILE
     if not path.exists():
-        replace(path, (json.dumps(asked, indent=2) + "\n").encode())
+        replace(path, (json.dumps(asked | files, indent=2) + "\n").encode())
         return
     there = _read(path)
+    asked |= {name: digest for name, digest in files.items() if name in there}  # a run of before lacks them
     different = [name for name in asked if name not in FREE and there.get(name) != asked[name]]
     if different:
         told = "; ".join(_told(name, there.get(name), asked[name]) for name in different)
@@ -117,6 +119,12 @@ def _told(name: str, there: Any, here: Any) -> str:
     if name.endswith("digest"):
         return f"the files of --{name.split()[0]} have changed since it began"
     return f"--{name.replace('_', '-')} is {there} there and {here} here"
+
+
+def _file(named: str) -> str | None:
+    """The file of FILE.py:FUNCTION."""
+    file, _, function = named.rpartition(":")
+    return file if function and file.endswith(".py") else None
 
 
 def _digest(file: str | None) -> str | None:

@@ -12,6 +12,7 @@ from taylorkern.checkpoints import Checkpoints
 from taylorkern.errors import one_line
 
 from . import randomness
+from .checks import check_output
 from .learner import Learner
 from .progress import say
 from .record import Record
@@ -47,6 +48,7 @@ class Stages:
         """How many units there are; raises what making the pruner will, before the training and not after it."""
         with randomness.kept():
             learner = self._learner
+            check_output(learner.model, learner.example(), len(learner.data.classes))
             return len(_pruner(learner, copy.deepcopy(learner.model), None).scores.units)
 
     def begin_pruning(self) -> tk.Pruner:
