@@ -191,12 +191,14 @@ def test_parts_that_are_none_are_refused(tmp_path):
         "model= is compiled": {"model": torch.compile(model)},
         "pruner= cuts a model that is none": {"pruner": pruner, "optimizer": optimizer},
         "pruner= cuts an optimizer that is none": {"pruner": pruner, "model": model},
+        "pruner= cuts a copy of the model that is none": {"pruner": pruner, "model": model, "optimizer": optimizer},
         "keep=0 must be": {"model": model, "keep": 0},
     }
     for told, parts in refused.items():
         with pytest.raises(ValueError, match=told):
             tk.Checkpoints(tmp_path, **parts)
-    tk.Checkpoints(tmp_path, task=nn.ModuleDict({"net": model}), optimizer=optimizer, pruner=pruner)
+    task = nn.ModuleDict({"net": model})
+    tk.Checkpoints(tmp_path, task=task, optimizer=optimizer, pruner=pruner, average=training.average)
     with pytest.raises(ValueError, match="step=-1 must be a whole number"):
         training.checkpoints.save(-1)
 
