@@ -21,8 +21,9 @@ from .curvature import METHODS, Cotangents, Loss
 from .example import copied, run
 from .layers import GATED, convert, scorable
 from .oracle import oracle
-from .scores import FROM_CURVATURE, Scores
+from .scores import Scores
 from .state import untouched
+from .tally import FROM_CURVATURE
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,

@@ -60,7 +60,8 @@ class Pruner:
     copies that are none, and whatever ``Scores`` refuses.
 
     To resume, build the dense model and the pruner as before, then in this order: ``pruner.load_state_dict`` (which
-    repeats the cuts and masks), ``model.load_state_dict``, ``optimizer.load_state_dict`` and those of copies.
+    repeats the cuts and masks), ``model.load_state_dict``, ``optimizer.load_state_dict`` and those of copies. To go on
+    to another target, set :attr:`target` after that.
 
     >>> from taylorkern import convert
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)))
@@ -115,6 +116,11 @@ class Pruner:
         self.criterion, self.target, self.of = criterion, target, of
         self.every, self.round_step, self.momentum, self.min_channels = every, step, momentum, min_channels
         self._living = self._subject.living(known_coupling(model, example_inputs))
+        self._settings = {
+            "criterion": criterion, "target": target, "of": of, "every": every, "step": step, "momentum": momentum,
+            "min_channels": min_channels, "seed": seed, "compensate": self._recovery.wanted, "damping": damping,
+            "bound": bound, "cost_power": cost_power,
+        }  # fmt: skip
         self._dense = Dense(model, self._living.coupling, of)
         self._dense.check_reachable(self._living.coupling, target, min_channels)
         wanted = gram if self._recovery.wanted else None
@@ -192,6 +198,7 @@ class Pruner:
         """Everything needed to go on later, for ``torch.save`` beside the model's and the optimiser's."""
         return {
             "fingerprint": self._dense.fingerprint,
+            "settings": dict(self._settings),
             "kept": self.scores.coupling.dense.clone(),
             "masked": self.scores.coupling.dense[masked_units(self.model, self.scores.coupling)],
             "steps": self._steps,
@@ -202,10 +209,12 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`: repeats its cuts and masks on this dense model, then restores the rest.
 
-        Raises ValueError, and changes nothing, for a state of another model or where this model is not dense.
+        Raises ValueError, and changes nothing, for a state of another model or of other settings, or where this model
+        is not dense.
         """
         if state.get("fingerprint") != self._dense.fingerprint:
             raise ValueError("this pruner state belongs to another model or other example inputs")
+        self._check_settings(state.get("settings", {}))
         self.scores.check_statistics(state["scores"])
         here, kept = self.scores.coupling.dense, state["kept"]
         masked = state.get("masked", kept[:0])
@@ -220,6 +229,17 @@ class Pruner:
         self.scores.load_state_dict(state["scores"])
         self._steps, self._cut_lately = state["steps"], bool(len(gone))
         self._selection.smoothed = None if state["smoothed"] is None else state["smoothed"].clone()
+
+    def _check_settings(self, then: Mapping[str, Any]) -> None:
+        """Raise ValueError where this pruner was built otherwise than the one whose settings were ``then``."""
+        here = self._settings
+        others = [name for name, value in then.items() if name in here and here[name] != value]
+        if others:
+            raise ValueError(
+                f"this pruner state is of one with {', '.join(f'{name}={then[name]!r}' for name in others)}, here "
+                f"{', '.join(f'{name}={here[name]!r}' for name in others)}; build the pruner as then, and change its "
+                "attributes (target, every, round_step, min_channels) after loading"
+            )
 
     def _choose(self, judged: Judged) -> torch.Tensor:
         """Indices of the units that go in this round. Raises RuntimeError where none may."""

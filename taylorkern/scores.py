@@ -1,6 +1,5 @@
 """Scores: collects the gates' gradients and folds them, minibatch by minibatch, into statistics per unit."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,19 +12,17 @@ from torch.optim import Optimizer
 from . import weights
 from .arrivals import Arrivals
 from .attachment import Attachment
-from .blame import stacklevel
 from .coupling import Coupling, Unit, couple
 from .criteria import Criterion, change, criterion
 from .curvature import Cotangents, Loss, cotangents
 from .example import run, tensors
 from .folding import LayersFolding
-from .gram import CURVATURE, FISHER, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
+from .gram import CURVATURE, NEEDING_GRAM, READABLE, Block, Gram, gram_matrix, within
 from .layers import scorable
-from .lockstep import Lockstep
 from .minibatch import Minibatch, Values
 from .outputs import OutputShares
 from .state import untouched
-from .statistics import Statistics, gathered
+from .tally import FROM_CURVATURE, Tally
 from .wrapped import refuse_wrapped
 
 _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
@@ -33,8 +30,6 @@ _STATIC: dict[str, Callable[[nn.Module, Coupling], Tensor]] = {
     "filter_norm": weights.filter_norm,
 }
 _FROM_GATES = ("gate", "gate_squared", "gate_abs", "fisher", "bn_gate_squared", "fisher_change_squared")
-_FROM_SAMPLES = ("fisher", "fisher_change_squared")
-FROM_CURVATURE = ("curvature", "change", "change_squared")  # of the minibatches that curvature() was called in
 _ON_REQUEST = ("weight_squared", "output_abs")  # each costs a pass of its own, so criteria that need it are announced
 _SUMMED = {"mean": False, "sum": True}  # what a loss is of its samples'
 # A unit that the second can't judge has no value in the first either.
@@ -135,7 +130,7 @@ class Scores:
         wanted = {need for name in criteria if name not in NEEDING_GRAM for need in criterion(name).needs}
         if gram is None and not set(criteria).isdisjoint(NEEDING_GRAM):
             gram = "auto"
-        self.model, self.seed, self._summed = model, seed, _SUMMED[reduction]
+        self.model, self.seed = model, seed
         alone = example_inputs is None
         if coupling is not None and not coupling.fits(model):
             raise ValueError("coupling= is of another model, or of this one before or after a cut; leave it out")
@@ -146,15 +141,17 @@ class Scores:
             raise ValueError(f"no unit of {type(model).__name__} can be scored:\n{self.coupling.report()}")
         self._by_unit = LayersFolding(self.coupling)
         self._gram_budget = gram_budget
-        self._gram = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
+        matrix = None if gram is None else gram_matrix(gram, self.units, gram_budget, gram_rows, seed)
         self._outputs = list(self.coupling.layers) if "output_abs" in wanted else []
         names = (*_FROM_GATES, *FROM_CURVATURE, *(need for need in _ON_REQUEST if need in wanted))
         shapes = {name: (len(self._outputs),) if name == "output_abs" else () for name in names}
-        self._statistics = Statistics(shapes, len(self.units))
         self._attachment = Attachment(self, model, self.coupling.layers, every_element=bool(self._outputs))
+        self._tally = Tally(
+            shapes, len(self.units), self._attachment.gates, gram=matrix, lockstep=lockstep, summed=_SUMMED[reduction]
+        )
         shares = OutputShares(self._outputs) if self._outputs else None
         told = (_telling(weakref.ref(self), event) for event in (Scores.step_begins, Scores.step_ends))
-        self._arrivals = Arrivals(self._attachment, optimizer, scaler, self._summed, shares, *told)
+        self._arrivals = Arrivals(self._attachment, optimizer, scaler, _SUMMED[reduction], shares, *told)
         try:
             if not alone:
                 self._check_differentiable(example_inputs)
@@ -166,9 +163,6 @@ class Scores:
         for other in others:
             other.detach()
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
-        self._lockstep = Lockstep() if lockstep else None
-        self._processes = 1  # whose minibatches were put together
-        self.reset()
 
     @property
     def units(self) -> list[Unit]:
@@ -178,19 +172,19 @@ class Scores:
     @property
     def lockstep(self) -> bool:
         """Whether the i-th minibatches of all processes are to count as one."""
-        return self._lockstep is not None
+        return self._tally.lockstep is not None
 
     @property
     def minibatches(self) -> int:
         """Minibatches in the statistics."""
         self.fold()
-        return int(self._statistics.count)
+        return int(self._tally.statistics.count)
 
     @property
     def dropped(self) -> int:
         """Minibatches left out because a score was not finite."""
         self.fold()
-        return int(self._statistics.dropped)
+        return int(self._tally.statistics.dropped)
 
     def importance(self, name: str) -> Tensor:
         """One importance per unit by criterion ``name`` (see ``taylorkern.criteria``), [U], float64; low goes first.
@@ -250,15 +244,13 @@ class Scores:
         if form not in READABLE:
             raise ValueError(f"form={form!r} is not one of {', '.join(map(repr, READABLE))}")
         self.fold()
-        self._check_any()
-        self._check_samples()
-        minibatches = self._curvatures() if kept.source == CURVATURE else int(self._statistics.count)
-        return kept.blocks(self.units, form, minibatches * self._processes)
+        self._tally.check_any(self._attachment.intact)
+        return self._tally.blocks(lambda gram, minibatches: gram.blocks(self.units, form, minibatches))
 
     def _gram_kept(self) -> Gram:
-        if self._gram is None:
+        if self._tally.gram is None:
             raise ValueError("no Gram matrix is kept: ask for one from the start, Scores(..., gram='full')")
-        return self._gram
+        return self._tally.gram
 
     def _evaluate(self, chosen: Criterion, name: str) -> Tensor:
         self.fold()
@@ -296,24 +288,24 @@ class Scores:
         """
         if draws < 1 or every_n < 1:
             raise ValueError(f"draws={draws} and every_n={every_n} must be at least 1")
-        if self._asked % every_n:
-            self._asked += 1
+        if self._tally.asked % every_n:
+            self._tally.asked += 1
             return
         if self._arrivals.unseen_forward():
             self.forward_begins()
-        h = torch.zeros((), dtype=torch.float64)
-        rows: list[Tensor] = []
+        h, rows = torch.zeros((), dtype=torch.float64), list[Tensor]()
+        kept = self._tally.rows_count(CURVATURE)
         repeats = draws if method != "exact" else 1
         for _ in range(repeats):
             for v in cotangents(logits, targets, loss, method, generator):
                 found = self._attachment.rows(logits, v / len(logits))
                 h = h + self._by_unit.gradients(found)[1]
-                rows += self._gram_rows(found, CURVATURE)
+                rows += self._by_unit.rows(found) if kept else []
         if not h.dim():
             raise ValueError(f"loss={loss!r} gave no cotangent for these logits")
         self._arrivals.h = h / repeats
         self._arrivals.rows = [some.div_(repeats**0.5) for some in rows]
-        self._asked += 1
+        self._tally.asked += 1
 
     def step(self) -> bool:
         """End the minibatch under way; False where the ``scaler`` skipped its step, and it is dropped and counted.
@@ -372,15 +364,7 @@ class Scores:
     def reset(self) -> None:
         """Forget every minibatch so far."""
         self.discard()
-        self._statistics.reset(len(self.units))
-        if self._gram:
-            self._gram.reset()
-        if self._lockstep:
-            self._lockstep.reset()
-        self._processes = 1
-        self._asked = 0  # calls of curvature()
-        self._silent = set(self._attachment.gates)
-        self._uneven = ""
+        self._tally.reset()
 
     def detach(self) -> None:
         """Stop scoring: the layers run torch's forward again; the statistics stay readable."""
@@ -393,16 +377,7 @@ class Scores:
     def state_dict(self) -> dict[str, Any]:
         """The statistics, for ``torch.save``; what has arrived is folded first."""
         self.fold()
-        state = {
-            "fingerprint": self.coupling.fingerprint,
-            **self._statistics.state_dict(),
-            "asked": self._asked,
-            "silent": sorted(self._silent),
-            "uneven": self._uneven,
-            "processes": self._processes,
-        }
-        state |= {"lockstep": self._lockstep.state_dict()} if self._lockstep else {}
-        return state | ({"gram": self._gram.state_dict()} if self._gram else {})
+        return self._tally.state_dict(self.coupling.fingerprint)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict` of the same model, to the bit.
@@ -410,16 +385,9 @@ class Scores:
         A Gram matrix in it is left out where none is kept here. Raises ValueError, and changes nothing, for another
         model's state, or one that lacks a statistic or the Gram matrix in the form kept here.
         """
-        self._check_state(state)
+        self._tally.check(state, self.coupling.fingerprint)
         self.discard()
-        self._statistics.load_state_dict(state)
-        if self._gram:
-            self._gram.load_state_dict(state["gram"])
-        if self._lockstep:
-            self._lockstep.load_state_dict(state.get("lockstep", []))
-        self._processes = state.get("processes", 1)
-        self._asked = state["asked"]
-        self._silent, self._uneven = set(state["silent"]), state.get("uneven", "")
+        self._tally.load_state_dict(state)
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Add a :meth:`state_dict` of the same model, from another process or epoch: its minibatches join those here.
@@ -429,16 +397,8 @@ class Scores:
         :meth:`load_state_dict` would, or where one side's Gram matrix has a curvature's rows and the other's Fisher's.
         """
         self.fold()
-        self._check_state(state)
-        if self._gram:
-            self._check_sources(state)
-            self._gram.merge(state["gram"])
-        if self._lockstep:
-            self._lockstep.extend(state["lockstep"])
-        self._statistics.merge(state)
-        self._asked += state["asked"]
-        self._silent &= set(state["silent"])
-        self._uneven = self._uneven or state.get("uneven", "")
+        self._tally.check(state, self.coupling.fingerprint)
+        self._tally.merge(state)
 
     def all_reduce(self, group: Any = None) -> None:
         """Have in every process of ``group`` (``torch.distributed``; all by default) the minibatches of all of them.
@@ -451,55 +411,13 @@ class Scores:
         Raises RuntimeError where there is no process group or this process is not in it, and ValueError, with
         everything in this process as it was, where :meth:`merge` does here: make the Scores alike in all of them.
         """
-        own = self.state_dict()
-        first, *others = states = gathered(own, group)
-        try:
-            self.load_state_dict(first)
-            for state in others:
-                self.merge(state)
-            if self._lockstep:
-                self._in_lockstep([state.get("lockstep", []) for state in states])
-        except ValueError:
-            self.load_state_dict(own)
-            raise
-
-    def _in_lockstep(self, logs: list[Any]) -> None:
-        """Count the i-th minibatches of all ``logs`` as one."""
-        assert self._lockstep is not None
-        values = Lockstep.together(logs)
-        self._lockstep.reset(values)
-        self._statistics.reset(len(self.units))
-        for step in values:
-            self._statistics.add(step.statistics(), step.h is not None)
-        self._processes = len(logs)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("fingerprint") != self.coupling.fingerprint:
-            raise ValueError(
-                "these scores belong to another model, or to this one before or after a cut: "
-                f"fingerprint {state.get('fingerprint')!r}, here {self.coupling.fingerprint!r}"
-            )
-        self.check_statistics(state)
-
-    def _check_sources(self, state: Mapping[str, Any]) -> None:
-        sides = (
-            (self._gram_kept().source, int(self._statistics.count)),
-            (state["gram"]["source"], state["minibatches"]),
-        )
-        sources = {source for source, minibatches in sides if source == CURVATURE or minibatches}
-        if len(sources) > 1:
-            raise ValueError(
-                f"rows of two kinds make no Gram matrix: {sides[1][0]!r} in these scores, {sides[0][0]!r} here; call "
-                "scores.curvature in both or in neither"
-            )
+        self.fold()
+        self._tally.all_reduce(self.coupling.fingerprint, group)
+        self.discard()
 
     def check_statistics(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError unless the :meth:`state_dict` ``state`` holds everything that is collected here."""
-        self._statistics.check(state)
-        if self._gram:
-            self._gram.check(state.get("gram"))
-        if self._lockstep and "lockstep" not in state and state["minibatches"]:
-            raise ValueError("these scores were not kept for several processes in lockstep; begin a round anew")
+        self._tally.check_statistics(state)
 
     def rebind(self, coupling: Coupling, kept: Tensor) -> None:
         """Follow a cut of the model: ``coupling`` is the one after it, ``kept`` [U'] the old indices of its units."""
@@ -507,11 +425,7 @@ class Scores:
         self._arrivals.forget_curvature()
         self.coupling = coupling
         self._by_unit = LayersFolding(coupling)
-        self._statistics.keep(kept)
-        if self._gram:
-            self._gram.keep(kept)
-        if self._lockstep:
-            self._lockstep.keep(kept)
+        self._tally.keep(kept)
 
     @_disable_dynamo
     def fold(self) -> None:
@@ -521,17 +435,7 @@ class Scores:
             minibatch = self._arrivals.take()
             if minibatch is None:
                 return
-            for part in minibatch.parts:
-                self._silent.difference_update(part.arrived)
-                self._uneven = self._uneven or _uneven(part.arrived)
-            source = CURVATURE if minibatch.curved else FISHER
-            rows = minibatch.rows(self._by_unit.rows) if self._gram and self._gram.wants(source) else []
-            values = self._values(minibatch)
-            finite = self._statistics.add(values.statistics(), minibatch.curved)
-            if self._lockstep:
-                self._lockstep.add(values)
-            if self._gram and self._gram.wants(source):
-                self._gram.add(rows, finite, source)
+            self._tally.add(minibatch, self._values(minibatch), self._by_unit.rows)
 
     def _values(self, minibatch: Minibatch) -> Values:
         others = {}
@@ -542,10 +446,6 @@ class Scores:
             others["weight_squared"] = minibatch.scaled(self._weight_squares.drain(self.coupling, device), 2)
         return minibatch.values(self._by_unit, self._attachment.batch_norms, others)
 
-    def _gram_rows(self, arrived: Mapping[str, list[Tensor]], source: str) -> list[Tensor]:
-        """The rows of a Gram matrix, none where they would not count."""
-        return self._by_unit.rows(arrived) if self._gram and self._gram.wants(source) else []
-
     def _statistic(self, need: str, name: str) -> Tensor:
         if need in _STATIC:
             return _STATIC[need](self.model, self.coupling)
@@ -553,58 +453,12 @@ class Scores:
             generator = torch.Generator().manual_seed(self.seed)
             dense = self.coupling.dense
             return torch.rand(int(dense.max()) + 1, dtype=torch.float64, generator=generator)[dense]
-        if need not in self._statistics.sums:
+        if need not in self._tally.statistics.sums:
             raise ValueError(f"{name} needs statistics that were not collected: Scores(..., criteria=[{name!r}])")
-        return self._mean(need)
-
-    def _mean(self, need: str) -> Tensor:
-        self._check_any()
-        if self._summed or need in (*_FROM_SAMPLES, *FROM_CURVATURE):
-            self._check_samples()
-        count = self._curvatures() if need in FROM_CURVATURE else int(self._statistics.count)
-        total = self._statistics.sums[need]
+        self._tally.check_any(self._attachment.intact)
+        mean = self._tally.mean(need)
         judged = _JUDGED_BY[need](self.model, self.coupling).isfinite() if need in _JUDGED_BY else torch.tensor(True)
-        return torch.where(judged.to(total.device), total / count, torch.inf)
-
-    def _check_any(self) -> None:
-        """Raise RuntimeError, with the reason, where no minibatch has been added; warn of layers that never scored."""
-        count, dropped = int(self._statistics.count), int(self._statistics.dropped)
-        if count == 0 and dropped:
-            raise RuntimeError(
-                f"no score yet: all {dropped} minibatches had non-finite gradients and were dropped; look at the loss"
-            )
-        if count == 0 and not self._attachment.intact:
-            raise RuntimeError(
-                "no score yet, and none will come: the layers carry these gates no more, for the model was reverted, "
-                "another Scores took over, or detach() was called; make a new Scores"
-            )
-        if count == 0:
-            raise RuntimeError(
-                "no score yet: no backward has reached a gate; run the model with gradients on, then loss.backward()"
-            )
-        if self._silent:
-            warnings.warn(
-                f"no gradient has reached the gates of {', '.join(sorted(self._silent))}: their channels score 0",
-                stacklevel=stacklevel(),
-            )
-
-    def _check_samples(self) -> None:
-        if self._uneven:
-            warnings.warn(
-                f"{self._uneven} in one minibatch: what a layer has first is taken for the samples, so h and the "
-                "matrix over units are not those of the samples; give every layer [N, ...]",
-                stacklevel=stacklevel(),
-            )
-
-    def _curvatures(self) -> int:
-        if not int(self._statistics.curved):
-            dropped = int(self._statistics.dropped)
-            why = f"; {dropped} minibatches were dropped, for their gradients were not finite" if dropped else ""
-            raise RuntimeError(
-                "no curvature yet: call scores.curvature(logits, targets) after the forward and before "
-                f"loss.backward(), with no other forward in between{why}"
-            )
-        return int(self._statistics.curved)
+        return torch.where(judged.to(mean.device), mean, torch.inf)
 
     def _check_differentiable(self, example_inputs: Any) -> None:
         with untouched(self.model), torch.enable_grad():
@@ -627,14 +481,6 @@ def _telling(
             event(found, optimizer)
 
     return tell
-
-
-def _uneven(arrived: Mapping[str, list[Tensor]]) -> str:
-    """Which two layers were given other numbers of samples, or "" where all are alike."""
-    sizes = {layer: sorted({len(s) for s in scores}) for layer, scores in arrived.items()}
-    first, *others = sizes
-    other = next((layer for layer in others if sizes[layer] != sizes[first]), None)
-    return "" if other is None else f"{first} was given {sizes[first]} samples and {other} {sizes[other]}"
 
 
 def _each_channel_alone(model: nn.Module, layers: Iterable[str] | None) -> Coupling:

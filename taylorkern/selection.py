@@ -9,8 +9,8 @@ from . import budget, surgeon
 from .coupling import Coupling
 from .criteria import CRITERIA, criterion
 from .living import Judged
-from .scores import FROM_CURVATURE
 from .shrinking import Shrinking
+from .tally import FROM_CURVATURE
 
 SURGEON = "surgeon"
 

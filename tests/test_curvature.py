@@ -202,7 +202,7 @@ def test_every_nth_call_counts_from_the_reset_on_and_through_saving():
             scores.curvature(logits, every_n=3)
             F.cross_entropy(logits, batch(seed)[1]).backward()
         scores.fold()
-        return int(scores._statistics.curved)
+        return int(scores._tally.statistics.curved)
 
     assert curved(scores, model, 5) == 2
     other_model, other = made(residual)
@@ -245,7 +245,7 @@ def test_curvature_survives_saving_and_leaves_dropped_minibatches_out():
     fresh = made(residual)[1]
     fresh.load_state_dict(scores.state_dict())
     assert torch.equal(fresh.importance("taylor_so"), scores.importance("taylor_so"))
-    assert torch.equal(scores.importance("obd"), scores._statistics.sums["curvature"] / 2)
+    assert torch.equal(scores.importance("obd"), scores._tally.statistics.sums["curvature"] / 2)
 
 
 def test_a_curvature_without_a_backward_never_joins_another_minibatch():

@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 import taylorkern as tk
 from bench.zoo import torchvision
-from taylorkern import backends
+from taylorkern import backends, tally
 from taylorkern import scores as scoring
 from taylorkern.criteria import CHANGES, CRITERIA
 from tests.cases import normal
 from tests.networks import plain, residual
 
 VIEWS = ("detach", "view", "slice", "select", "split", "unsqueeze", "expand", "alias", "t", "transpose", "permute")
-CURVED = [name for name, c in CRITERIA.items() if set(c.needs) & set(scoring.FROM_CURVATURE)]
+CURVED = [name for name, c in CRITERIA.items() if set(c.needs) & set(tally.FROM_CURVATURE)]
 
 
 class Followed(TorchDispatchMode):
@@ -120,8 +120,8 @@ def test_a_gram_matrix_waits_for_no_device(scored, gram, curved):
     for _ in range(70):  # more rows than are collected before they are folded in
         step(model, scores, torch.empty(4, 2, 8, 8, device="meta"), curved=curved)
         scores.fold()
-    assert scores._gram.device.type == "meta"
-    assert all(total.is_meta for total in scores._gram._sums)
+    assert scores._tally.gram.device.type == "meta"
+    assert all(total.is_meta for total in scores._tally.gram._sums)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -130,9 +130,8 @@ def test_importances_mix_no_devices(scored, name):
     for _ in range(2):
         step(model, scores, torch.empty(4, 2, 8, 8, device="meta"), curved=name in CURVED)
     scores.fold()
-    scores._statistics.count, scores._statistics.dropped, scores._statistics.curved = (
-        torch.tensor(n) for n in (2, 0, 2)
-    )
+    statistics = scores._tally.statistics
+    statistics.count, statistics.dropped, statistics.curved = (torch.tensor(n) for n in (2, 0, 2))
     importance = scores.importance(name)
     assert importance.shape == (len(scores.units),)
     assert importance.device.type == ("cpu" if name == "random" else "meta")
@@ -143,19 +142,23 @@ def test_importances_mix_no_devices(scored, name):
 def test_statistics_follow_the_scores_to_another_device_and_stay_there(scored):
     model, scores = scored(residual, torch.empty(4, 2, 8, 8))
     scores.reset()
-    assert {total.device.type for total in scores._statistics.sums.values()} == {"cpu"}
+    assert {total.device.type for total in scores._tally.statistics.sums.values()} == {"cpu"}
     step(model, scores, torch.empty(4, 2, 8, 8, device="meta"))
     scores.fold()
     scores.reset()
-    assert {total.device.type for total in scores._statistics.sums.values()} == {"meta"}
-    assert {
-        n.device.type for n in (scores._statistics.count, scores._statistics.dropped, scores._statistics.curved)
-    } == {"meta"}
+    statistics = scores._tally.statistics
+    assert {total.device.type for total in statistics.sums.values()} == {"meta"}
+    assert {n.device.type for n in (statistics.count, statistics.dropped, statistics.curved)} == {"meta"}
 
 
 def trained(scores, model, x):
     F.cross_entropy(model(x), torch.arange(len(x)) % 5).backward()
     scores.fold()
+
+
+def memory(scores):
+    statistics = scores._tally.statistics
+    return [*statistics.sums.values(), statistics.count, statistics.dropped]
 
 
 @pytest.mark.parametrize("by", ["kernel", "torch"])
@@ -166,17 +169,12 @@ def test_statistics_stay_in_their_memory(by, monkeypatch):
     model = tk.convert(residual())
     x = normal((4, 2, 8, 8), 1)
     scores = tk.Scores(model, x, criteria=["taylor_output", "taylor_weight"])
-    held = [*scores._statistics.sums.values(), scores._statistics.count, scores._statistics.dropped]
+    held = memory(scores)
     for bad in (1, 1, torch.nan):
         trained(scores, model, x * bad)
-    assert all(
-        a is b
-        for a, b in zip(
-            held, [*scores._statistics.sums.values(), scores._statistics.count, scores._statistics.dropped], strict=True
-        )
-    )
+    assert all(a is b for a, b in zip(held, memory(scores), strict=True))
     assert (scores.minibatches, scores.dropped) == (2, 1)
-    assert float(scores._statistics.sums["gate_squared"].sum()) > 0
+    assert float(scores._tally.statistics.sums["gate_squared"].sum()) > 0
 
 
 def test_inference_mode_leaves_no_statistics_that_nobody_may_write_to():

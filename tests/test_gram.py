@@ -284,8 +284,8 @@ def test_nothing_is_moved_and_nothing_waited_for(on_meta, form, curved, monkeypa
         if again == 1:
             scores.reset()
     assert scores.gram_source == ("curvature" if curved else "fisher")
-    scores._statistics.count = scores._statistics.curved = torch.tensor(2)
-    scores._statistics.dropped = torch.tensor(0)
+    scores._tally.statistics.count = scores._tally.statistics.curved = torch.tensor(2)
+    scores._tally.statistics.dropped = torch.tensor(0)
     blocks = scores.gram()
     assert (len(blocks) > 1) == (form == "blocks")
     assert all(block.matrix.is_meta and block.units.is_meta for block in blocks)

@@ -155,13 +155,36 @@ def test_states_of_another_model_change_nothing():
     train(model, opt, pruner, range(2))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"target": 0.6}, {"every": 3}, {"momentum": 0.5}, {"compensate": True}, {"of": "params"}, {"criterion": "obd"}],
+    ids=str,
+)
+def test_a_state_of_other_settings_is_refused_by_their_names(other):
+    _, _, pruner = made(every=2)
+    _, _, again = made(**{"every": 2, **other})
+    [name] = other
+    with pytest.raises(ValueError, match=f"{name}=.*here {name}="):
+        again.load_state_dict(pruner.state_dict())
+
+
+def test_a_target_may_be_changed_after_loading():
+    _, _, pruner = made(target=0.5)
+    for _ in range(2):  # whoever sets it may stop and go on again
+        _, _, again = made(target=0.5)
+        again.load_state_dict(pruner.state_dict())
+        again.target = 0.3
+        pruner = again
+    assert not pruner.done
+
+
 def test_a_state_without_the_needed_statistics_changes_nothing():
     model, opt, pruner = made(every=1, step=2)
     train(model, opt, pruner, [1])
     fresh, _, other = made(every=1, step=2, criterion="taylor_weight")
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(ValueError, match="weight_squared"):
-        other.load_state_dict(pruner.state_dict())
+        other.load_state_dict({name: kept for name, kept in pruner.state_dict().items() if name != "settings"})
     assert all(torch.equal(a, b) for a, b in zip(before.values(), fresh.state_dict().values(), strict=True))
 
 
