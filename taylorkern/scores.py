@@ -163,6 +163,7 @@ class Scores:
         for other in others:
             other.detach()
         self._weight_squares = weights.WeightSquares(model, self.coupling) if "weight_squared" in wanted else None
+        self.discard()  # the example's forward began a minibatch
 
     @property
     def units(self) -> list[Unit]:

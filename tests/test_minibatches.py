@@ -231,6 +231,16 @@ def test_skipped_steps_are_dropped_and_counted(told, hooked, fused):
     assert distance(scores.importance("taylor_fo") * 256**2, kept.importance("taylor_fo")) < 1e-2
 
 
+def test_a_scale_that_is_loaded_before_the_first_step_is_no_skipped_one():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scores = tk.Scores(model, X, optimizer=optimizer, scaler=scaler)
+    scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=8.0).state_dict())
+    scaled_step(model, optimizer, scaler, *samples()[0])
+    assert (scores.minibatches, scores.dropped) == (1, 0)
+
+
 def test_step_before_the_scaler_s_update_knows_of_a_skipped_step():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
