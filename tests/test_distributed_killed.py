@@ -24,8 +24,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_process_that_dies_in_a_round_is_started_again_by_torchrun(undisturbed, tmp_path):
-    # One restart is for the death; on a busy machine gloo may refuse a connection in it, which takes another.
-    finished(started("killed", 2, str(tmp_path), "9", restarts=4))
+    finished(started("killed", 2, str(tmp_path), "9", restarts=1))
     assert (tmp_path / "killed").exists() and [found["from"] for found in left(tmp_path, 2)] == [9, 9]
     assert_same_bits(outcome(tmp_path), undisturbed)
 

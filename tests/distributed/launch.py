@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
+# Otherwise a restarted run may find the addresses of the dead one in torchrun's store, and wait for them.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def command(program: str, processes: int, *arguments: str, restarts: int = 0) -> list[str]:
@@ -18,7 +20,7 @@ def command(program: str, processes: int, *arguments: str, restarts: int = 0) ->
 
 def started(program: str, processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen:
     """With one thread in each process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command(program, processes, *arguments, restarts=restarts),
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
